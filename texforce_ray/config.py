@@ -1,0 +1,514 @@
+"""The configuration: typed, closed, and checked before anything starts.
+
+Every field says whether it affects the result. Fields made with `placement` say only where and
+how things run: they may change on resume. All others must match. No torch, no Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from texforce_ray.errors import ConfigError
+
+DType: TypeAlias = Literal["float32", "float16", "bfloat16"]
+
+
+def placement(default: Any, description: str, **constraints: Any) -> Any:
+    """A field that does not affect the result and may differ when a run is resumed."""
+    return Field(
+        default, description=description, json_schema_extra={"placement": True}, **constraints
+    )
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    """The base pipeline. Everything in it stays frozen."""
+
+    path: str = Field(
+        "embedded",
+        description="'embedded' (the shapes world), a diffusers directory, or a hub id",
+    )
+    revision: str | None = Field(None, description="hub revision to pin")
+    variant: str | None = Field(None, description="weight file variant, e.g. 'fp16'")
+    dtype: DType = Field("float32", description="dtype of the frozen weights")
+    device: str = placement("auto", "'auto' (cuda if the actor was given a GPU), 'cpu', 'cuda'")
+
+
+class LoraConfig(_Section):
+    """The trained adapter on the text encoder."""
+
+    rank: int = Field(16, ge=1, description="rank of every LoRA pair")
+    alpha: float = Field(16.0, gt=0, description="scale; the update is alpha / rank * B A")
+    target_modules: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "out_proj"),
+        min_length=1,
+        description="names of the text encoder's linear layers that get an adapter",
+    )
+
+
+class DiffusionConfig(_Section):
+    """The Markov decision process: DDIM with noise, and classifier-free guidance."""
+
+    steps: int = Field(50, ge=1, le=1000, description="denoising steps")
+    eta: float = Field(1.0, gt=0, le=1, description="share of DDPM noise; 0 has no likelihood")
+    guidance_scale: float = Field(5.0, ge=0, description="g; at most 1 means no guidance")
+    storage_dtype: Literal["float32", "float16"] = Field(
+        "float32",
+        description="dtype of stored latents; the sampler continues from the stored value",
+    )
+
+
+class PromptSource(_Section):
+    """Where prompts come from: a built-in set or a file."""
+
+    set: str | None = Field(None, description="name of a built-in prompt set")
+    path: str | None = Field(None, description="file: .txt, .json, .jsonl, .csv or .parquet")
+    column: str = Field("prompt", description="field or column that holds the prompt's text")
+    limit: int | None = Field(None, ge=1, description="use only the first prompts")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PromptSource:
+        if (self.set is None) == (self.path is None):
+            raise ValueError("give exactly one of 'set' (a built-in set) and 'path' (a file)")
+        return self
+
+
+class PromptsConfig(_Section):
+    """What is sampled in each iteration: prompts x samples."""
+
+    train: PromptSource = Field(
+        PromptSource(set="shapes", path=None), description="prompts that are trained on"
+    )
+    per_iteration: int = Field(16, ge=1, description="prompts drawn for each iteration")
+    samples_per_prompt: int = Field(8, ge=1, description="images of each prompt, K")
+
+
+class RolloutConfig(_Section):
+    """Actors that generate trajectories."""
+
+    num_workers: int = placement(1, "rollout actors", ge=1)
+    batch_size: int = Field(32, ge=1, description="samples in one unit of work")
+    num_threads: int = Field(2, ge=1, description="CPU threads of one actor (changes rounding)")
+    num_cpus: float = placement(1.0, "CPUs that Ray reserves for each actor", ge=0)
+    num_gpus: float = placement(0.0, "GPUs that Ray reserves for each actor", ge=0)
+    resources: dict[str, float] = placement({}, "custom Ray resources for each actor")
+    timeout_s: float = placement(1800.0, "deadline of one unit of work", gt=0)
+
+
+class RewardConfig(_Section):
+    """One component of the reward."""
+
+    name: str | None = Field(None, description="a built-in reward")
+    target: str | None = Field(None, description="your own reward: 'package.module:Class'")
+    label: str | None = Field(None, description="name in metrics; default: name or class name")
+    weight: float = Field(1.0, description="factor in the weighted sum")
+    normalize: Literal["none", "batch"] = Field(
+        "none", description="'batch': shift and scale to mean 0, deviation 1 in each iteration"
+    )
+    kwargs: dict[str, Any] = Field({}, description="arguments of the reward's constructor")
+    batch_size: int = Field(64, ge=1, description="images in one call of score()")
+    replicas: int = placement(1, "reward servers", ge=1)
+    num_cpus: float = placement(0.5, "CPUs that Ray reserves for each server", ge=0)
+    num_gpus: float = placement(0.0, "GPUs that Ray reserves for each server", ge=0)
+    resources: dict[str, float] = placement({}, "custom Ray resources for each server")
+    timeout_s: float = placement(300.0, "deadline of one call", gt=0)
+    retries: int = placement(
+        2, "further tries of a failed call before its samples are masked", ge=0
+    )
+
+    @model_validator(mode="after")
+    def _one_target(self) -> RewardConfig:
+        if (self.name is None) == (self.target is None):
+            raise ValueError("give exactly one of 'name' (built in) and 'target' (your class)")
+        if self.target is not None and self.target.count(":") != 1:
+            raise ValueError(f"target {self.target!r} should look like 'package.module:Class'")
+        if not math.isfinite(self.weight):
+            raise ValueError(f"weight is {self.weight}; it should be a finite number")
+        return self
+
+    @property
+    def key(self) -> str:
+        """The component's name in metrics, samples and errors."""
+        return self.label or self.name or str(self.target).partition(":")[2]
+
+
+class AdvantageConfig(_Section):
+    """How rewards become advantages."""
+
+    mode: Literal["prompt", "group", "batch"] = Field(
+        "prompt",
+        description="'prompt': rolling statistics per prompt (DDPO); 'group': per prompt within "
+        "the iteration; 'batch': over the iteration",
+    )
+    clip: float = Field(5.0, gt=0, description="advantages are clipped to +-clip")
+    buffer_size: int = Field(32, ge=2, description="rewards remembered per prompt")
+    min_count: int = Field(16, ge=2, description="below it, the batch's statistics are used")
+    scale: Literal["own", "batch"] = Field(
+        "own",
+        description="deviation to divide by: that of the prompt or group itself, or the batch's",
+    )
+    max_masked: float = Field(
+        0.25, ge=0, le=1, description="share of unscored samples beyond which the run fails"
+    )
+
+
+class PpoConfig(_Section):
+    """The policy update."""
+
+    clip_range: float = Field(1e-4, gt=0, lt=1, description="lambda; r is clipped to 1 +- lambda")
+    num_minibatches: int = Field(4, ge=1, description="optimizer updates in one epoch")
+    epochs: int = Field(1, ge=1, description="passes over the iteration's samples")
+    timestep_fraction: float = Field(
+        0.5, gt=0, le=1, description="share of timesteps trained, drawn for each sample"
+    )
+    kl_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the KL to the base policy, averaged over latent dimensions as "
+        "log-probabilities are",
+    )
+    decoupled: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="clip against log-probabilities recomputed by the learner; 'auto': when "
+        "max_staleness > 0 or not all numbers are float32",
+    )
+    behaviour_cap: float = Field(
+        2.0, gt=0, description="c, cap of the weight pi_prox / pi_behaviour"
+    )
+    max_ratio_error: float | None = Field(
+        None,
+        gt=0,
+        description="the run fails if |r - 1| on the first pass exceeds it; default: 1e-4 in "
+        "float32, no bound otherwise",
+    )
+
+
+class OptimizerConfig(_Section):
+    """AdamW on the adapter."""
+
+    lr: float = Field(3e-4, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates")
+    weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
+    warmup_fraction: float = Field(0.03, ge=0, lt=1, description="share of updates in warm-up")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="exponential average of the adapter, used for evaluation"
+    )
+
+
+class LearnerConfig(_Section):
+    """The actor that trains."""
+
+    microbatch_size: int = Field(
+        64, ge=1, description="(sample, timestep) pairs in one pass through the U-Net"
+    )
+    gradient_shards: int = Field(
+        1, ge=1, description="fixed parts of a minibatch whose gradients are summed in order"
+    )
+    num_threads: int = Field(2, ge=1, description="CPU threads (changes rounding)")
+    num_cpus: float = placement(1.0, "CPUs that Ray reserves", ge=0)
+    num_gpus: float = placement(0.0, "GPUs that Ray reserves", ge=0)
+    resources: dict[str, float] = placement({}, "custom Ray resources")
+    timeout_s: float = placement(7200.0, "deadline of one iteration's updates", gt=0)
+
+
+class EvalConfig(_Section):
+    """Evaluation on prompts and seeds that are never trained on."""
+
+    every: int = Field(5, ge=0, description="iterations between evaluations; 0: never in the run")
+    prompts: PromptSource | None = Field(
+        None, description="prompts to evaluate on; default: the training prompts, other seeds"
+    )
+    images: int = Field(64, ge=1, description="images of one evaluation in the run")
+    final_images: int = Field(
+        0, ge=0, description="images of base against tuned at the end; 0: skip it"
+    )
+    grid: int = Field(16, ge=1, description="images in the grid, the same prompts and seeds always")
+    seed: int = Field(1_000_003, ge=0, description="seed of the evaluation's noise")
+
+
+class CheckpointConfig(_Section):
+    """What is kept in the run directory."""
+
+    every: int = placement(1, "iterations between checkpoints", ge=1)
+    keep_last: int = placement(2, "newest checkpoints kept; the best one stays besides", ge=1)
+
+
+class RayConfig(_Section):
+    """How to reach Ray."""
+
+    address: str | None = placement(
+        None, "'auto' or an address joins that cluster; null: RAY_ADDRESS if set, else a new one"
+    )
+    start_timeout_s: float = placement(180.0, "deadline for all actors to be ready", gt=0)
+    resource_timeout_s: float = placement(20.0, "how long to wait for room on the cluster", gt=0)
+    max_restarts: int = placement(3, "restarts of each actor", ge=0)
+    task_retries: int = placement(3, "further tries of a unit of work whose actor died", ge=0)
+    dashboard: bool = placement(False, "start the dashboard with a new local cluster")
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+class Config(_Section):
+    """Everything that a run needs."""
+
+    seed: int = Field(0, ge=0, description="all prompts, noise and timesteps follow from it")
+    run_dir: str = placement("runs/{time}", "where results go; {time} becomes the starting time")
+    iterations: int = Field(20, ge=1, description="iterations of sampling and updating")
+    max_staleness: int = Field(
+        0, ge=0, le=1, description="k: iteration i is sampled with policy version max(0, i - k)"
+    )
+    model: ModelConfig = Field(default_factory=ModelConfig, description="the frozen pipeline")
+    lora: LoraConfig = Field(default_factory=LoraConfig, description="the trained adapter")
+    diffusion: DiffusionConfig = Field(default_factory=DiffusionConfig, description="the MDP")
+    prompts: PromptsConfig = Field(default_factory=PromptsConfig, description="what is sampled")
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="rollout actors")
+    rewards: Annotated[tuple[RewardConfig, ...], BeforeValidator(_as_list)] = Field(
+        (RewardConfig(name="shapes"),), min_length=1, description="components of the reward"
+    )
+    advantage: AdvantageConfig = Field(default_factory=AdvantageConfig, description="baseline")
+    ppo: PpoConfig = Field(default_factory=PpoConfig, description="policy update")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW")
+    learner: LearnerConfig = Field(default_factory=LearnerConfig, description="learner actor")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="evaluation")
+    checkpoint: CheckpointConfig = Field(
+        default_factory=CheckpointConfig, description="what is kept"
+    )
+    ray: RayConfig = Field(default_factory=RayConfig, description="how to reach Ray")
+
+    @property
+    def samples_per_iteration(self) -> int:
+        return self.prompts.per_iteration * self.prompts.samples_per_prompt
+
+    @property
+    def units_per_iteration(self) -> int:
+        return self.samples_per_iteration // self.rollout.batch_size
+
+    @property
+    def minibatch_size(self) -> int:
+        return self.samples_per_iteration // self.ppo.num_minibatches
+
+    @property
+    def total_updates(self) -> int:
+        return self.iterations * self.ppo.epochs * self.ppo.num_minibatches
+
+    @property
+    def trained_timesteps(self) -> int:
+        """Timesteps of each sample that are trained on."""
+        return max(1, round(self.diffusion.steps * self.ppo.timestep_fraction))
+
+    @property
+    def exact_numerics(self) -> bool:
+        """Whether sampler and learner compute in float32 throughout."""
+        return self.model.dtype == "float32" and self.diffusion.storage_dtype == "float32"
+
+    @property
+    def decoupled(self) -> bool:
+        if self.ppo.decoupled == "auto":
+            return self.max_staleness > 0 or not self.exact_numerics
+        return self.ppo.decoupled == "always"
+
+    @property
+    def max_ratio_error(self) -> float:
+        if self.ppo.max_ratio_error is not None:
+            return self.ppo.max_ratio_error
+        return 1e-4 if self.exact_numerics else math.inf
+
+    @model_validator(mode="after")
+    def _arithmetic(self) -> Config:
+        samples = self.samples_per_iteration
+        what = (
+            f"prompts.per_iteration x prompts.samples_per_prompt = "
+            f"{self.prompts.per_iteration} x {self.prompts.samples_per_prompt} = {samples} samples"
+        )
+        if samples % self.rollout.batch_size:
+            raise ValueError(
+                f"rollout.batch_size: {self.rollout.batch_size} does not divide {what}; "
+                f"possible: {_divisors(samples)}"
+            )
+        if samples % self.ppo.num_minibatches:
+            raise ValueError(
+                f"ppo.num_minibatches: {self.ppo.num_minibatches} does not divide {what}; "
+                f"possible: {_divisors(samples)}"
+            )
+        if self.minibatch_size % self.learner.gradient_shards:
+            raise ValueError(
+                f"learner.gradient_shards: {self.learner.gradient_shards} does not divide the "
+                f"minibatch of {self.minibatch_size} samples; "
+                f"possible: {_divisors(self.minibatch_size)}"
+            )
+        if self.advantage.mode == "group" and self.prompts.samples_per_prompt < 2:
+            raise ValueError(
+                "prompts.samples_per_prompt: 1 with advantage.mode 'group' makes every advantage "
+                "0; use at least 2 samples per prompt, or mode 'prompt' or 'batch'"
+            )
+        keys = [reward.key for reward in self.rewards]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise ValueError(f"rewards: {sorted(twice)} named twice; give each its own 'label'")
+        return self
+
+    def placement_free(self) -> dict[str, Any]:
+        """The result-affecting fields alone, as plain data: must be equal on resume."""
+        return _without_placement(self)
+
+
+def _divisors(n: int) -> str:
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    return ", ".join(map(str, divisors[-12:]))
+
+
+def _without_placement(section: BaseModel) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("placement"):
+            continue
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            value = _without_placement(value)
+        elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+            value = [_without_placement(v) for v in value]
+        kept[name] = value
+    return json.loads(json.dumps(kept))
+
+
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), base: dict | None = None
+) -> Config:
+    """Read a YAML file and dotted overrides (`key.sub=value`) into a checked `Config`.
+
+    Raises:
+        ConfigError: naming every wrong key, what it got, and what would be right.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        tree = OmegaConf.create(base or {})
+        if path is not None:
+            if not Path(path).is_file():
+                raise ConfigError(f"config file {path} does not exist{_similar_configs(path)}")
+            loaded = OmegaConf.load(path)
+            if not OmegaConf.is_dict(loaded):
+                raise ConfigError(f"{path} should hold a mapping of keys, as configs/shapes.yaml")
+            tree = OmegaConf.merge(tree, loaded)
+        for override in overrides:
+            if "=" not in override or override.startswith("-"):
+                raise ConfigError(f"override {override!r} should look like key.sub=value")
+        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(_listed(tree, overrides)))
+        values = OmegaConf.to_container(tree, resolve=True)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read config {path or ''} {' '.join(overrides)}: {error}"
+        ) from None
+    return make_config(values)
+
+
+def _listed(tree: Any, overrides: Sequence[str]) -> list[str]:
+    """Overrides with indices into lists applied in place (`rewards.0.weight=2`); the rest back."""
+    from omegaconf import ListConfig, OmegaConf
+
+    rest = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        parts = key.split(".")
+        if len(parts) > 1 and parts[1].isdigit() and isinstance(tree.get(parts[0]), ListConfig):
+            if int(parts[1]) >= len(tree[parts[0]]):
+                raise ConfigError(
+                    f"override {override!r}: {parts[0]} has {len(tree[parts[0]])} entries, "
+                    "counted from 0"
+                )
+            parsed = OmegaConf.from_dotlist([f"value={value}"]).value
+            OmegaConf.update(tree, key, parsed)
+        else:
+            rest.append(override)
+    return rest
+
+
+def make_config(values: Any) -> Config:
+    """Check plain data; see `load_config` for errors."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise ConfigError("\n".join(["the configuration is wrong:", *lines])) from None
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"  {key}: unknown key{_did_you_mean(key)}"
+    if not key:
+        return f"  {message}"
+    got = problem["input"]
+    shown = "" if isinstance(got, dict | list) else f" (got {got!r})"
+    return f"  {key}: {message}{shown}"
+
+
+def _did_you_mean(key: str) -> str:
+    import difflib
+
+    known = [".".join(path) for path in field_paths(Config)]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not close:
+        last = key.rpartition(".")[2]
+        close = [k for k in known if k.rpartition(".")[2] == last][:1]
+    return f"; did you mean {close[0]}?" if close else "; see --help-config for all keys"
+
+
+def field_paths(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Dotted paths of all fields, parents before children."""
+    for name, field in model.model_fields.items():
+        yield (*prefix, name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from field_paths(field.annotation, (*prefix, name))
+
+
+def _similar_configs(path: str | Path) -> str:
+    folder = Path(path).parent
+    found = sorted(p.name for p in folder.glob("*.yaml")) if folder.is_dir() else []
+    return f"; {folder} holds {', '.join(found)}" if found else ""
+
+
+def resolve_run_dir(config: Config, under_ray_job: bool | None = None) -> Config:
+    """Fill in `{time}` and make the run directory absolute.
+
+    Raises:
+        ConfigError: a relative path under `ray job submit`, where it would lie in Ray's temporary
+            copy of the working directory and be deleted with it.
+    """
+    if under_ray_job is None:
+        under_ray_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    text = config.run_dir.replace("{time}", time.strftime("%Y%m%d-%H%M%S"))
+    path = Path(text).expanduser()
+    if not path.is_absolute() and under_ray_job:
+        raise ConfigError(
+            f"run_dir: {config.run_dir!r} is relative, and under `ray job submit` it would lie in "
+            "Ray's temporary copy of the working directory; give an absolute path, e.g. "
+            "run_dir=/data/runs/my-run"
+        )
+    return config.model_copy(update={"run_dir": str(path.absolute())})
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+    import yaml
+
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

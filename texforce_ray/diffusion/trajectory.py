@@ -1,0 +1,60 @@
+"""The one batch type from sampler to loss. Plain numpy: any process can hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """B denoising trajectories of T steps.
+
+    prompt_ids: one int64 [B, L] per text encoder.
+    latents: storage dtype [B, T + 1, C, h, w]; x_T first, x_0 last; stored once.
+    timesteps: int64 [T], descending.
+    log_probs: float32 [B, T]; of the policy that sampled; meaningless where sigma = 0.
+    prompts: B texts.
+    seeds: int64 [B]; all noise of sample b came from one CPU generator with this seed.
+    policy_version: version of the adapter that sampled.
+    """
+
+    prompt_ids: tuple[np.ndarray, ...]
+    latents: np.ndarray
+    timesteps: np.ndarray
+    log_probs: np.ndarray
+    prompts: tuple[str, ...]
+    seeds: np.ndarray
+    policy_version: int
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+def concatenate(trajectories: Sequence[Trajectory]) -> Trajectory:
+    """Join batches in order.
+
+    Raises:
+        ValueError: they differ in timesteps or policy version.
+    """
+    first = trajectories[0]
+    for other in trajectories[1:]:
+        if other.policy_version != first.policy_version:
+            raise ValueError(
+                f"trajectories of policy versions {first.policy_version} and "
+                f"{other.policy_version} cannot be one batch"
+            )
+        if not np.array_equal(other.timesteps, first.timesteps):
+            raise ValueError("trajectories with different timesteps cannot be one batch")
+    encoders = range(len(first.prompt_ids))
+    return Trajectory(
+        prompt_ids=tuple(np.concatenate([t.prompt_ids[e] for t in trajectories]) for e in encoders),
+        latents=np.concatenate([t.latents for t in trajectories]),
+        timesteps=first.timesteps,
+        log_probs=np.concatenate([t.log_probs for t in trajectories]),
+        prompts=tuple(prompt for t in trajectories for prompt in t.prompts),
+        seeds=np.concatenate([t.seeds for t in trajectories]),
+        policy_version=first.policy_version,
+    )

@@ -1,0 +1,165 @@
+"""The policy's LoRA adapter: attach, read, set, switch off, export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from texforce_ray.errors import ConfigError
+from texforce_ray.model.backbone import Backbone
+from texforce_ray.model.snapshot import PolicySnapshot
+
+ADAPTER = "policy"
+TEXT_ENCODER = "text_encoder"
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """Rank, scale and places of an adapter."""
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+
+    def config(self) -> LoraConfig:
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            target_modules=list(self.target_modules),
+            init_lora_weights=True,
+        )
+
+
+class Adapter:
+    """A float32 LoRA adapter on a backbone's text encoder; B = 0 at first, so it starts as base."""
+
+    def __init__(self, backbone: Backbone, shape: LoraShape, seed: int) -> None:
+        self.shape = shape
+        self.backbone = backbone
+        self._layers: list[BaseTunerLayer] = []
+        encoder = backbone.text_encoder
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                inject_adapter_in_model(shape.config(), encoder, adapter_name=ADAPTER)
+            except ValueError as error:
+                names = sorted(
+                    {n.rpartition(".")[2] for n, m in encoder.named_modules() if _is_linear(m)}
+                )
+                raise ConfigError(
+                    f"lora.target_modules: {list(shape.target_modules)} match no layer of the "
+                    f"text encoder, whose linear layers are {names}"
+                ) from error
+        self._layers = [m for m in encoder.modules() if isinstance(m, BaseTunerLayer)]
+        for parameter in self.parameters():
+            parameter.data = parameter.data.float()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Trained parameters, float32, in a fixed order."""
+        return [p for _, p in self.named_parameters()]
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        found = self.backbone.text_encoder.named_parameters()
+        return sorted((name, p) for name, p in found if f".{ADAPTER}." in name)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Tensors by PEFT's key, e.g. `...q_proj.lora_A.weight`."""
+        encoder = self.backbone.text_encoder
+        return get_peft_model_state_dict(encoder, adapter_name=ADAPTER)
+
+    def snapshot(self, version: int) -> PolicySnapshot:
+        """A copy of the weights, as data that any process can hold."""
+        weights = {k: v.detach().cpu().numpy().copy() for k, v in self.weights().items()}
+        return PolicySnapshot(version, {TEXT_ENCODER: weights})
+
+    def load(self, snapshot: PolicySnapshot) -> None:
+        """Set the weights to a snapshot's."""
+        self.load_weights(snapshot.adapters[TEXT_ENCODER])
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
+        own = self.weights()
+        if own.keys() != weights.keys():
+            raise ConfigError(
+                f"the adapter has other layers ({len(weights)} tensors) than this policy "
+                f"({len(own)} tensors): was it trained on another model or target_modules?"
+            )
+        for key, tensor in own.items():
+            if tensor.shape != weights[key].shape:
+                raise ConfigError(
+                    f"adapter tensor {key} is {weights[key].shape}, the policy's is "
+                    f"{tuple(tensor.shape)}: was it trained with another rank?"
+                )
+            tensor.copy_(torch.from_numpy(np.array(weights[key])))
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within it, the text encoder is the base model's."""
+        for layer in self._layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.enable_adapters(True)
+                layer.set_adapter(ADAPTER)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def export_adapter(snapshot: PolicySnapshot, shape: LoraShape, directory: Path, base: str) -> None:
+    """Write one directory that stock PEFT and stock diffusers both load.
+
+    `adapter_config.json` + `adapter_model.safetensors` for `PeftModel.from_pretrained`,
+    `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {k: torch.from_numpy(v) for k, v in snapshot.adapters[TEXT_ENCODER].items()}
+    config = shape.config()
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    config.save_pretrained(directory)
+    save_file(
+        {f"base_model.model.{k}": v for k, v in weights.items()},
+        directory / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    StableDiffusionPipeline.save_lora_weights(
+        directory,
+        text_encoder_lora_layers=weights,
+        text_encoder_lora_adapter_metadata=shape.config().to_dict(),
+        safe_serialization=True,
+    )
+
+
+def read_adapter(directory: Path) -> tuple[LoraShape, PolicySnapshot]:
+    """Read an exported adapter directory (PEFT's files) back.
+
+    Raises:
+        ConfigError: the directory does not hold a LoRA adapter.
+    """
+    weights = directory / "adapter_model.safetensors"
+    if not weights.is_file() or not (directory / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{directory} is not an adapter: it should hold adapter_config.json and "
+            "adapter_model.safetensors"
+        )
+    config = LoraConfig.from_pretrained(str(directory))
+    tensors = {
+        k.removeprefix("base_model.model."): v.numpy() for k, v in load_file(weights).items()
+    }
+    targets = tuple(sorted(config.target_modules or ()))
+    shape = LoraShape(config.r, float(config.lora_alpha), targets)
+    return shape, PolicySnapshot(0, {TEXT_ENCODER: tensors})

@@ -1,0 +1,99 @@
+"""Files that are either the old one or the new one, never half of each."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from pathlib import Path
+
+from texforce_ray.errors import RunDirectoryError
+
+# Some network and FUSE file systems cannot fsync a directory; the rename itself is still atomic.
+_NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EISDIR}
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`; missing parent directories are made.
+
+    After a crash at any point `path` holds the old content or the new one. On failure the
+    temporary file is removed and the old file stays.
+
+    Raises:
+        RunDirectoryError: the file system refused (no space, no permission); the cause is the
+            `OSError`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # Not tempfile: its mode 0600 would hide the run from the user's colleagues.
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        fsync_directory(path.parent)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in UTF-8. See `atomic_write_bytes`."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make renames inside `directory` survive a power cut, where the file system can promise it.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def check_writable(run_dir: Path) -> None:
+    """Create `run_dir` and write, sync and remove a small file in it, before any work is spent.
+
+    Raises:
+        RunDirectoryError: it cannot be made or written.
+    """
+    run_dir = Path(run_dir)
+    probe = run_dir / f".writable.{secrets.token_hex(4)}.tmp"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(probe, "xb") as file:
+                file.write(b"\0" * 4096)  # an empty file fits even on a full disk
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise write_error(run_dir, error) from error
+
+
+def write_error(path: Path, error: OSError) -> RunDirectoryError:
+    """Return the error to raise when writing `path` failed with `error`: what, got, do."""
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        advice = "A file lies where a directory is needed: move it away or choose another run_dir."
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "Free some space, then resume the run, or choose another run_dir."
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        advice = "Choose a run_dir that this user may write, or change its permissions."
+    else:
+        advice = "Check the disk or mount, then resume the run, or choose another run_dir."
+    return RunDirectoryError(f"Cannot write {path}: {error}. {advice}")

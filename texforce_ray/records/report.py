@@ -1,0 +1,203 @@
+"""`report.html`: one page about a run, without JavaScript or anything from outside the file."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from texforce_ray.records.charts import Series, line_chart, stacked_bars
+from texforce_ray.records.files import atomic_write_text
+from texforce_ray.records.metrics import read_metrics
+from texforce_ray.records.page import PAGE
+
+Metrics = list[dict[str, Any]]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Build `report.html` from what lies in `run_dir` and return its path.
+
+    Whatever is missing leaves its section out, so it works during a run and after a crash.
+
+    Raises:
+        RunDirectoryError: the page cannot be written, or `metrics.jsonl` is damaged.
+    """
+    run_dir = Path(run_dir)
+    metrics = read_metrics(run_dir)
+    sections = (
+        _key_figures(metrics),
+        _evaluation(run_dir / "evaluation"),
+        _grids(run_dir / "images"),
+        _charts(metrics),
+        _config(run_dir / "config.yaml"),
+    )
+    page = PAGE.replace("{title}", escape(run_dir.resolve().name))
+    page = page.replace("{body}", "".join(filter(None, sections)) or "<p>Nothing recorded yet.</p>")
+    path = run_dir / "report.html"
+    atomic_write_text(path, page)
+    return path
+
+
+def _key_figures(metrics: Metrics) -> str:
+    if not metrics:
+        return ""
+    figures = [("iterations recorded", str(len(metrics)))]
+    rewards = [v for v in _values(metrics, "reward/total") if v is not None]
+    if rewards:
+        figures.append(("reward, first iteration", _number(rewards[0])))
+        figures.append(("reward, last iteration", _number(rewards[-1])))
+    speeds = sorted(v for v in _values(metrics, "samples_per_second") if v is not None)
+    if speeds:
+        figures.append(("samples per second, median", _number(speeds[len(speeds) // 2])))
+    tiles = "".join(f"<div><b>{value}</b>{escape(name)}</div>" for name, value in figures)
+    return f'<section class="figures">{tiles}</section>'
+
+
+def _charts(metrics: Metrics) -> str:
+    if not metrics:
+        return ""
+    keys = list(dict.fromkeys(key for record in metrics for key in record))
+
+    def one(key: str, spread: str = "") -> Series:
+        return _series(metrics, key, key.partition("/")[2] or key, spread)
+
+    components = [
+        key
+        for key in keys
+        if key.startswith("reward/") and key != "reward/total" and not key.endswith("_std")
+    ]
+    charts = [
+        line_chart("Reward", [one("reward/total", "reward/total_std")], note=_band_note(keys)),
+        line_chart("Reward components", [one(key) for key in components], note="raw values"),
+        *(line_chart(key, [one(key)]) for key in keys if key.startswith("eval/")),
+        line_chart("Approximate KL", [one("ppo/approx_kl")]),
+        line_chart("Clipped fraction", [one("ppo/clipfrac")], zero=True),
+        line_chart(
+            "First-pass ratio error",
+            [one("ppo/ratio_error_first_pass")],
+            log=True,
+            note="|r - 1|, logarithmic; 0 at the bottom",
+        ),
+        line_chart("Gradient norm", [one("learner/grad_norm")], zero=True),
+        line_chart("Throughput", [one("samples_per_second")], zero=True, note="samples per second"),
+        _time_shares(metrics, keys),
+    ]
+    return f'<section><h2>Training</h2><div class="charts">{"".join(charts)}</div></section>'
+
+
+def _band_note(keys: Sequence[str]) -> str:
+    return "mean ± standard deviation" if "reward/total_std" in keys else "mean"
+
+
+def _time_shares(metrics: Metrics, keys: Sequence[str]) -> str:
+    # A total beside its parts would be counted twice.
+    names = [key for key in keys if key.startswith("seconds/") and key != "seconds/total"]
+    rows = [record for record in metrics if any(_finite(record.get(name)) for name in names)]
+    parts = [
+        (name.partition("/")[2], [_finite(record.get(name)) or 0.0 for record in rows])
+        for name in names
+    ]
+    return stacked_bars(
+        "Time per iteration", [record["iteration"] for record in rows], parts, note="seconds"
+    )
+
+
+def _series(metrics: Metrics, key: str, name: str, spread: str) -> Series:
+    # Only the records that have the key: what is evaluated every 10 iterations is still a line.
+    rows = [record for record in metrics if key in record]
+    band = _values(rows, spread) if spread and any(spread in record for record in rows) else None
+    return Series(name, [record["iteration"] for record in rows], _values(rows, key), band)
+
+
+def _values(metrics: Metrics, key: str) -> list[float | None]:
+    return [_finite(record.get(key)) for record in metrics]
+
+
+def _finite(value: Any) -> float | None:
+    """Return `value` if it is a finite number, else None: files may be edited by hand."""
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def _evaluation(directory: Path) -> str:
+    table = _score_table(directory / "summary.json")
+    picture = _picture(directory / "comparison.png", "Same prompts and seeds, base and tuned")
+    if not table and not picture:
+        return ""
+    return f"<section><h2>Evaluation on held-out prompts</h2>{table}{picture}</section>"
+
+
+def _score_table(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    try:
+        rewards = json.loads(path.read_text("utf-8"))["rewards"]
+        rows = "".join(_score_row(name, scores) for name, scores in rewards.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"<p>evaluation/summary.json could not be read: {escape(repr(error))}</p>"
+    return (
+        '<div class="wide"><table><tr><th>Reward</th><th>Base</th><th>Tuned</th>'
+        "<th>Difference</th><th>95 % interval</th><th>Images</th></tr>"
+        f"{rows}</table></div>"
+    )
+
+
+def _score_row(name: str, scores: dict[str, Any]) -> str:
+    low, high = scores.get("low"), scores.get("high")
+    difference = _finite(scores.get("difference"))
+    # Coloured only if the interval leaves 0 out: else the sign is not known.
+    sure = (_finite(low) or 0) > 0 or (_finite(high) or 0) < 0
+    kind = ("" if not sure else "up" if (difference or 0) > 0 else "down") if difference else ""
+    signed = "-" if difference is None else f"{difference:+.4g}"
+    cells = [_number(scores.get("base")), _number(scores.get("tuned"))]
+    interval = f"{_number(low)} to {_number(high)}"
+    return (
+        f"<tr><td>{escape(str(name))}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}"
+        f'<td class="{kind}">{signed}</td><td>{interval}</td>'
+        f"<td>{_number(scores.get('images'))}</td></tr>"
+    )
+
+
+def _grids(directory: Path) -> str:
+    paths = sorted(directory.glob("*.png"), key=_in_number_order)
+    chosen = paths if len(paths) < 2 else [paths[0], paths[-1]]
+    pictures = "".join(_picture(path, path.stem) for path in chosen)
+    return f'<section><h2>Images</h2><div class="pair">{pictures}</div></section>' * bool(pictures)
+
+
+def _in_number_order(path: Path) -> tuple[list[int], str]:
+    return [int(digits) for digits in re.findall(r"\d+", path.stem)], path.stem
+
+
+def _picture(path: Path, caption: str) -> str:
+    try:
+        data = base64.b64encode(path.read_bytes()).decode("ascii")
+    except OSError:
+        return ""
+    text = escape(caption)
+    return (
+        f'<figure class="picture"><figcaption>{text}</figcaption>'
+        f'<img alt="{text}" src="data:image/png;base64,{data}"></figure>'
+    )
+
+
+def _config(path: Path) -> str:
+    try:
+        text = path.read_text("utf-8", errors="replace")
+    except OSError:
+        return ""
+    return (
+        "<section><details><summary>Configuration (config.yaml)</summary>"
+        f"<pre>{escape(text)}</pre></details></section>"
+    )
+
+
+def _number(value: Any) -> str:
+    finite = _finite(value)
+    return "-" if finite is None else f"{finite:.4g}"

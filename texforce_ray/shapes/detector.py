@@ -1,0 +1,127 @@
+"""Reads a generated image: finds coloured forms and says how well they match a scene.
+
+The score has a slope: a half-right image gets about half the score, so that reinforcement
+learning has something to climb. Nothing but the image's pixels and the prompt's text is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage, optimize
+
+from texforce_ray.shapes.scene import COLORS, FORMS, RELATIONS, Scene, _draw_form
+
+_PALETTE = np.array(list(COLORS.values()), dtype=np.float32) / 255
+_NAMES = tuple(COLORS)
+_MIN_AREA = 28  # pixels; the smallest true form (a triangle of radius 7.5) covers about 100
+_FOREGROUND = 0.22  # RGB distance from the background colour, channels in [0, 1]
+_TEMPLATE = 32
+
+
+@dataclass(frozen=True)
+class Found:
+    """One object seen in an image: centre (x, y) in pixels, membership of each colour and form."""
+
+    x: float
+    y: float
+    area: int
+    colors: dict[str, float]
+    forms: dict[str, float]
+
+
+@lru_cache(maxsize=1)
+def _templates() -> dict[str, np.ndarray]:
+    """Each form's mask cropped to its bounding box and scaled to 32 x 32: bool."""
+    from PIL import ImageDraw
+
+    masks = {}
+    for form in FORMS:
+        image = Image.new("L", (512, 512))
+        _draw_form(ImageDraw.Draw(image), form, 256, 256, 200, (255,))
+        masks[form] = _to_box(np.asarray(image) > 127)
+    return masks
+
+
+def _to_box(mask: np.ndarray) -> np.ndarray:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    crop = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    scaled = Image.fromarray(crop.astype(np.uint8) * 255).resize(
+        (_TEMPLATE, _TEMPLATE), Image.Resampling.BILINEAR
+    )
+    return np.asarray(scaled) > 127
+
+
+def detect(image: np.ndarray) -> list[Found]:
+    """Objects in one image (uint8 [H, W, 3]), largest first.
+
+    Foreground is what differs from the rim's median colour. It is split by nearest palette
+    colour, so that a form painted in two colours counts as two, each of a doubtful form.
+    """
+    pixels = image.astype(np.float32) / 255
+    rim = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    background = np.median(rim, axis=0)
+    foreground = np.linalg.norm(pixels - background, axis=-1) > _FOREGROUND
+    nearest = np.linalg.norm(pixels[:, :, None] - _PALETTE, axis=-1).argmin(-1)
+    found = []
+    for index in range(len(_PALETTE)):
+        mask = foreground & (nearest == index)
+        # Opening drops the thin rims where two colours blend; a form's corners are grown back.
+        labels, count = ndimage.label(ndimage.binary_opening(mask, np.ones((3, 3))))
+        for label in range(1, count + 1):
+            part = ndimage.binary_dilation(labels == label, np.ones((3, 3)), 2, mask=mask)
+            if (area := int(part.sum())) >= _MIN_AREA:
+                found.append(_describe(pixels, ndimage.binary_fill_holes(part), part, area))
+    return sorted(found, key=lambda f: -f.area)
+
+
+def _describe(pixels: np.ndarray, filled: np.ndarray, part: np.ndarray, area: int) -> Found:
+    y, x = ndimage.center_of_mass(filled)
+    distance = np.linalg.norm(np.median(pixels[part], axis=0) - _PALETTE, axis=-1)
+    colors = np.clip(1 - (distance - 0.16) / 0.4, 0, 1)
+    box = _to_box(filled)
+    overlap = {
+        form: float((box & mask).sum() / (box | mask).sum()) for form, mask in _templates().items()
+    }
+    forms = {}
+    for form, iou in overlap.items():
+        rival = max(other for name, other in overlap.items() if name != form)
+        # Half where two forms fit equally well; full from a clear lead and a clean outline.
+        lead = np.clip(0.5 + (iou - rival) / 0.12, 0, 1)
+        forms[form] = float(lead * np.clip((iou - 0.4) / 0.4, 0, 1))
+    named = {name: float(value) for name, value in zip(_NAMES, colors, strict=True)}
+    return Found(float(x), float(y), area, named, forms)
+
+
+def score(image: np.ndarray, scene: Scene) -> float:
+    """How well one image (uint8 [H, W, 3]) shows `scene`, in [0, 1].
+
+    Objects wanted and found are paired one to one for the best total quality; the total is
+    divided by the larger of the two numbers, so that missing and surplus objects cost the same.
+    In a location scene 40 % of the score are the relative position of the paired objects.
+    """
+    found = detect(image)
+    if not found:
+        return 0.0
+    wanted = scene.objects
+    quality = np.array([[_quality(f, w.color, w.form) for f in found] for w in wanted])
+    rows, columns = optimize.linear_sum_assignment(-quality)
+    total = float(quality[rows, columns].sum()) / max(len(found), len(wanted))
+    if scene.relation is None:
+        return total
+    relation = 0.0
+    if len(rows) == 2:
+        first, second = (found[c] for c in columns)
+        axis = RELATIONS[scene.relation]
+        along = (first.x - second.x) * axis[0] + (first.y - second.y) * axis[1]
+        across = abs((first.x - second.x) * axis[1]) + abs((first.y - second.y) * axis[0])
+        relation = float(np.clip(0.5 + (along - 0.5 * across) / 16, 0, 1))
+    return total * (0.6 + 0.4 * relation)
+
+
+def _quality(found: Found, color: str, form: str) -> float:
+    c, f = found.colors[color], found.forms[form]
+    return 0.25 * c + 0.25 * f + 0.5 * c * f
