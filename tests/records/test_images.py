@@ -47,7 +47,7 @@ def test_captions_are_drawn_beside_images_and_never_over_them() -> None:
     assert (picture[:30] < 128).any(), "the header is blank"
     first = picture[30 + 128 + 4 : 30 + 128 + 30, 8:136]
     assert (first < 128).any(), "the first caption is blank"
-    for column in (136, 137, 142, 143):  # the gap between the first two columns
+    for column in range(136, 143):  # the gap; antialiasing may reach one pixel into it
         assert (picture[30:, column] == 255).all(), "a caption runs into the next column"
 
 
@@ -70,8 +70,9 @@ def test_accents_are_drawn_as_letters_and_not_as_boxes() -> None:
 def test_comparison_has_a_row_per_policy_and_a_column_per_prompt() -> None:
     rows = [("base", _solid()), ("tuned", _solid()[::-1])]
     picture = comparison(rows, ["a"] * 5, columns=5)
-    places = [np.argwhere((picture == COLOURS[0]).all(-1)) for _ in range(1)][0]
-    base, tuned = places[places[:, 0] < places[:, 0].mean()], places[places[:, 0].mean() < places[:, 0]]
+    places = np.argwhere((picture == COLOURS[0]).all(-1))
+    upper = places[:, 0] < places[:, 0].mean()
+    base, tuned = places[upper], places[~upper]
     assert base[:, 1].max() < tuned[:, 1].min()  # red is first in one row and last in the other
     assert [_count(picture, colour) for colour in COLOURS] == [2 * 128 * 128] * 5
     margin = places[:, 1].min()

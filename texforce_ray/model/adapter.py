@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,27 +16,19 @@ from torch import Tensor, nn
 
 from texforce_ray.errors import ConfigError
 from texforce_ray.model.backbone import Backbone
-from texforce_ray.model.snapshot import PolicySnapshot
+from texforce_ray.model.snapshot import LoraShape, PolicySnapshot
 
 ADAPTER = "policy"
 TEXT_ENCODER = "text_encoder"
 
 
-@dataclass(frozen=True)
-class LoraShape:
-    """Rank, scale and places of an adapter."""
-
-    rank: int
-    alpha: float
-    target_modules: tuple[str, ...]
-
-    def config(self) -> LoraConfig:
-        return LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            target_modules=list(self.target_modules),
-            init_lora_weights=True,
-        )
+def lora_config(shape: LoraShape) -> LoraConfig:
+    return LoraConfig(
+        r=shape.rank,
+        lora_alpha=shape.alpha,
+        target_modules=list(shape.target_modules),
+        init_lora_weights=True,
+    )
 
 
 class Adapter:
@@ -51,7 +42,7 @@ class Adapter:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                inject_adapter_in_model(shape.config(), encoder, adapter_name=ADAPTER)
+                inject_adapter_in_model(lora_config(shape), encoder, adapter_name=ADAPTER)
             except ValueError as error:
                 names = sorted(
                     {n.rpartition(".")[2] for n, m in encoder.named_modules() if _is_linear(m)}
@@ -80,7 +71,7 @@ class Adapter:
     def snapshot(self, version: int) -> PolicySnapshot:
         """A copy of the weights, as data that any process can hold."""
         weights = {k: v.detach().cpu().numpy().copy() for k, v in self.weights().items()}
-        return PolicySnapshot(version, {TEXT_ENCODER: weights})
+        return PolicySnapshot(version, self.shape, {TEXT_ENCODER: weights})
 
     def load(self, snapshot: PolicySnapshot) -> None:
         """Set the weights to a snapshot's."""
@@ -102,6 +93,14 @@ class Adapter:
                 )
             tensor.copy_(torch.from_numpy(np.array(weights[key])))
 
+    def remove(self) -> None:
+        """Take the adapter off: the text encoder is the base model's again, for good."""
+        encoder = self.backbone.text_encoder
+        wrapped = [(n, m) for n, m in encoder.named_modules() if isinstance(m, BaseTunerLayer)]
+        for name, layer in wrapped:
+            encoder.set_submodule(name, layer.get_base_layer())
+        self._layers = []
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within it, the text encoder is the base model's."""
@@ -119,7 +118,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def export_adapter(snapshot: PolicySnapshot, shape: LoraShape, directory: Path, base: str) -> None:
+def export_adapter(snapshot: PolicySnapshot, directory: Path, base: str) -> None:
     """Write one directory that stock PEFT and stock diffusers both load.
 
     `adapter_config.json` + `adapter_model.safetensors` for `PeftModel.from_pretrained`,
@@ -127,7 +126,7 @@ def export_adapter(snapshot: PolicySnapshot, shape: LoraShape, directory: Path, 
     """
     directory.mkdir(parents=True, exist_ok=True)
     weights = {k: torch.from_numpy(v) for k, v in snapshot.adapters[TEXT_ENCODER].items()}
-    config = shape.config()
+    config = lora_config(snapshot.shape)
     config.base_model_name_or_path = base
     config.inference_mode = True
     config.save_pretrained(directory)
@@ -139,12 +138,12 @@ def export_adapter(snapshot: PolicySnapshot, shape: LoraShape, directory: Path, 
     StableDiffusionPipeline.save_lora_weights(
         directory,
         text_encoder_lora_layers=weights,
-        text_encoder_lora_adapter_metadata=shape.config().to_dict(),
+        text_encoder_lora_adapter_metadata=lora_config(snapshot.shape).to_dict(),
         safe_serialization=True,
     )
 
 
-def read_adapter(directory: Path) -> tuple[LoraShape, PolicySnapshot]:
+def read_adapter(directory: Path) -> PolicySnapshot:
     """Read an exported adapter directory (PEFT's files) back.
 
     Raises:
@@ -162,4 +161,4 @@ def read_adapter(directory: Path) -> tuple[LoraShape, PolicySnapshot]:
     }
     targets = tuple(sorted(config.target_modules or ()))
     shape = LoraShape(config.r, float(config.lora_alpha), targets)
-    return shape, PolicySnapshot(0, {TEXT_ENCODER: tensors})
+    return PolicySnapshot(0, shape, {TEXT_ENCODER: tensors})

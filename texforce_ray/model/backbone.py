@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from texforce_ray.config import ModelConfig
 from texforce_ray.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -150,3 +151,17 @@ def load_backbone(
         raise ConfigError(f"model.path: cannot load {path!r}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return Backbone(pipe, torch.device(device))
+
+
+def load_config_backbone(model: ModelConfig, num_gpus: float) -> Backbone:
+    """The configured backbone on the device that this process was given."""
+    device = model.device
+    if device == "auto":
+        device = "cuda" if num_gpus > 0 and torch.cuda.is_available() else "cpu"
+    return load_backbone(
+        model.path,
+        dtype=model.dtype,
+        device=device,
+        revision=model.revision,
+        variant=model.variant,
+    )

@@ -10,10 +10,20 @@ Tensors = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
+class LoraShape:
+    """Rank, scale and places of an adapter."""
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class PolicySnapshot:
     """The adapters of one policy version: float32 tensors by part, then by PEFT key."""
 
     version: int
+    shape: LoraShape
     adapters: dict[str, Tensors]
 
 

@@ -1,0 +1,55 @@
+"""Prompts: built-in sets, files, and which of them an iteration uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from texforce_ray import randomness
+from texforce_ray.config import PromptSource
+from texforce_ray.errors import PromptError
+from texforce_ray.prompts.readers import read_records
+from texforce_ray.prompts.sets import BUILT_IN
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's text and whatever else its record holds; rewards see both."""
+
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def load_prompts(source: PromptSource) -> list[Prompt]:
+    """All prompts of a set or file, in its order.
+
+    Raises:
+        PromptError: unknown set; missing, unreadable or empty file; no such column.
+    """
+    if source.set is not None:
+        if source.set not in BUILT_IN:
+            raise PromptError(
+                f"unknown prompt set {source.set!r}; built in are {', '.join(BUILT_IN)}"
+            )
+        prompts = [Prompt(text) for text in BUILT_IN[source.set]()]
+    else:
+        records = read_records(str(source.path), source.column)
+        prompts = [Prompt(text, metadata) for text, metadata in records]
+    return prompts[: source.limit]
+
+
+def prompts_of_iteration(
+    prompts: list[Prompt], seed: int, iteration: int, count: int
+) -> list[Prompt]:
+    """`count` prompts: without replacement within each epoch, a pure function of the arguments."""
+    chosen = []
+    for position in range(iteration * count, (iteration + 1) * count):
+        epoch, place = divmod(position, len(prompts))
+        chosen.append(prompts[_order(len(prompts), seed, epoch)[place]])
+    return chosen
+
+
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return randomness.generator(seed, randomness.PROMPTS, epoch).permutation(count)

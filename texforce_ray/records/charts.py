@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-_WIDTH, _HEIGHT = 520, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 10, 38
+_WIDTH, _HEIGHT = 400, 215
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 10, 38
 _COLOURS = 8
 _BARS = 120  # more iterations than this are averaged into bars of several
 _DOTS = 60  # a line of more points is drawn without dots
@@ -59,7 +59,7 @@ def linear_axis(values: Sequence[float], *, zero: bool = False, most: int = 5) -
     magnitude = 10.0 ** math.floor(math.log10(rough))
     step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= rough * 0.999)
     first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
-    ticks = tuple(round(k * step, 12) for k in range(first, last + 1))
+    ticks = tuple(float(f"{k * step:.12g}") for k in range(first, last + 1))
     return Axis(first * step, last * step, ticks)
 
 
@@ -165,7 +165,7 @@ def _iterations(xs: Sequence[float], pad: float = 0.0) -> Axis:
     low, high = min(xs) - pad, max(xs) + pad
     if low == high:
         low, high = low - 1, high + 1
-    ticks = linear_axis([low, high], most=7).ticks
+    ticks = linear_axis([low, high], most=6).ticks
     return Axis(low, high, tuple(t for t in ticks if low <= t <= high and t == round(t)))
 
 

@@ -81,7 +81,7 @@ def _charts(metrics: Metrics) -> str:
             "First-pass ratio error",
             [one("ppo/ratio_error_first_pass")],
             log=True,
-            note="|r - 1|, logarithmic; 0 at the bottom",
+            note="log scale, 0 at the bottom",
         ),
         line_chart("Gradient norm", [one("learner/grad_norm")], zero=True),
         line_chart("Throughput", [one("samples_per_second")], zero=True, note="samples per second"),

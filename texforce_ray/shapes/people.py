@@ -25,7 +25,8 @@ SKIN_TONES: dict[str, Colour] = {
     "dark": (116, 74, 52),
 }
 SIDES = ("left", "right")
-_HAIR: tuple[Colour, ...] = ((40, 28, 24), (84, 54, 34), (24, 22, 28))
+_HAIR: tuple[Colour, ...] = ((40, 28, 24), (84, 54, 34))
+_SHIRT: Colour = (96, 104, 120)
 
 
 @dataclass(frozen=True)
@@ -238,32 +239,31 @@ def draw_face(spec: FaceSpec, rng: np.random.Generator, *, malformed: bool = Fal
     """
     canvas = _Canvas(
         rng,
-        centre=(float(rng.uniform(-0.07, 0.07)), float(rng.uniform(-0.06, 0.06))),
-        scale=float(rng.uniform(0.78, 0.95)),
-        turn=float(rng.normal(0, 0.06)),
+        centre=(float(rng.uniform(-0.05, 0.05)), float(rng.uniform(-0.05, 0.05))),
+        scale=float(rng.uniform(0.84, 0.96)),
+        turn=float(rng.normal(0, 0.03)),
         flip=False,
     )
     skin = SKIN_TONES[spec.tone]
     dark, socket = _shade(skin, 0.6), _shade(skin, 0.82)
     hair = _HAIR[int(rng.integers(len(_HAIR)))]
-    shirt = _tint(rng, 70, 170)
     eyes: list[Point] = [(-0.27, 0.10), (0.27, 0.10)]
     nose: Point | None = (0.0, -0.16)
     mouth: Point | None = (0.0, -0.44)
     if malformed:
-        kind = rng.choice(["eyes", "mouth", "moved", "extra"], p=[0.4, 0.1, 0.35, 0.15])
+        kind = rng.choice(["eyes", "mouth", "moved", "extra"], p=[0.6, 0.1, 0.25, 0.05])
         if kind == "eyes":
             eyes = [] if rng.random() < 0.65 else [eyes[int(rng.integers(2))]]
         elif kind == "mouth":
             mouth = None
             nose = None
         elif kind == "moved":
-            eyes = [(-0.27, -0.42), (0.27, float(rng.uniform(-0.45, -0.1)))]
-            mouth = (float(rng.uniform(-0.15, 0.15)), 0.28)
+            eyes = [(-0.27, -0.42), (0.27, -0.2)]
+            mouth = (0.0, 0.28)
         else:
             eyes = [*eyes, (0.0, 0.36), *([(-0.2, -0.2)] if rng.random() < 0.5 else [])]
 
-    canvas.ellipse((0.0, -1.35), 0.85, 0.50, shirt)
+    canvas.ellipse((0.0, -1.35), 0.85, 0.50, _SHIRT)
     canvas.capsule((0.0, -1.1), (0.0, -0.6), 0.24, 0.24, socket)
     canvas.ellipse((0.0, 0.22), 0.70, 0.80, hair)
     for x in (-0.60, 0.60):

@@ -32,12 +32,12 @@ class Recipe:
     """Every choice that shapes the pre-trained weights."""
 
     seed: int = 0
-    vae_steps: int = 1500
+    vae_steps: int = 2800
     vae_batch: int = 32
     vae_lr: float = 1.5e-3
     kl_weight: float = 1e-5
     drawings: int = 32_000
-    steps: int = 6000
+    steps: int = 5000
     batch: int = 64
     lr: float = 1e-3
     warmup: int = 200
@@ -207,8 +207,9 @@ def train_vae(recipe: Recipe, work: Path) -> AutoencoderKL:
     for step, bar in _steps(stage, recipe.vae_steps, recipe.save_every, "VAE"):
         first = step * recipe.vae_batch
         # Drawings of this stage have indices of their own (odd seeds), never the U-Net's.
+        indices = range(first, first + recipe.vae_batch)
         x = _pixels(
-            [data.draw(2 * recipe.seed + 1, first + i).image for i in range(recipe.vae_batch)]
+            [data.draw(2 * recipe.seed + 1, i, data.VAE_KIND_WEIGHTS).image for i in indices]
         )
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(

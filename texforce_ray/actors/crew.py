@@ -1,0 +1,212 @@
+"""All actors of a run: starts them, hands them work by role, ends them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+
+from texforce_ray.actors.learner import LearnerActor
+from texforce_ray.actors.messages import ImagePayload, Info, Scores, WorkUnit
+from texforce_ray.actors.placement import wait_for_room
+from texforce_ray.actors.pool import ActorPool
+from texforce_ray.actors.reward import RewardServer
+from texforce_ray.actors.rollout import RolloutActor
+from texforce_ray.config import Config, RewardConfig
+from texforce_ray.errors import ActorError, ResourceError
+from texforce_ray.rewards import resolve
+
+log = logging.getLogger(__name__)
+
+Refs = Sequence[ray.ObjectRef]
+
+
+def connect(config: Config) -> bool:
+    """Join a cluster or start one; True if one was started here.
+
+    Raises:
+        ResourceError: no cluster at the given address.
+    """
+    if ray.is_initialized():
+        return False
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
+    # Ray's own reporting wants no terminal noise; actors print only what a user should see.
+    if address is None:
+        # "local": a bare ray.init() would silently join whatever runs on this machine.
+        ray.init(address="local", include_dashboard=config.ray.dashboard, **options)
+        return True
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError) as error:
+        raise ResourceError(f"ray.address: no Ray cluster at {address!r}: {error}") from None
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    gcs = ray.get_runtime_context().gcs_address
+    print(f"joined the Ray cluster at {gcs} ({len(nodes)} nodes)", file=sys.stderr)
+    return False
+
+
+class Crew:
+    """Rollout actors, reward servers and a learner, behind methods named for what they do."""
+
+    def __init__(self, config: Config, *, learner: bool = True) -> None:
+        self.config = config
+        wait_for_room(config, learner=learner)
+        r, t = config.rollout, config.learner
+        rollouts = [
+            self._start(RolloutActor, r, config.rollout.num_threads, config)
+            for _ in range(r.num_workers)
+        ]
+        self.rollouts = ActorPool("rollout", rollouts, retries=config.ray.task_retries)
+        self.learner: ActorPool | None = None
+        if learner:
+            actors = [self._start(LearnerActor, t, config.learner.num_threads, config)]
+            self.learner = ActorPool("learner", actors, retries=config.ray.task_retries)
+        self.rewards = {reward.key: self._reward_pool(reward) for reward in config.rewards}
+
+    def _reward_pool(self, reward: RewardConfig) -> ActorPool:
+        target = resolve(reward.name, reward.target)
+        servers = [
+            self._start(
+                RewardServer, reward, 1, reward.key, target, reward.kwargs, reward.batch_size
+            )
+            for _ in range(reward.replicas)
+        ]
+        return ActorPool(f"reward-{reward.key}", servers, retries=reward.retries)
+
+    def _start(self, actor: type, role: Any, threads: int, *arguments: Any) -> Any:
+        options = {
+            "num_cpus": role.num_cpus,
+            "num_gpus": role.num_gpus,
+            "resources": dict(role.resources),
+            "max_restarts": self.config.ray.max_restarts,
+            # Ray would set it to num_cpus, and the rounding of sums would depend on placement.
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        }
+        return ray.remote(actor).options(**options).remote(*arguments)
+
+    def pools(self) -> list[ActorPool]:
+        learner = [self.learner] if self.learner else []
+        return [*self.rewards.values(), *learner, self.rollouts]
+
+    async def ready(self) -> None:
+        """Wait for all actors at once; their imports are most of a run's start."""
+        timeout = self.config.ray.start_timeout_s
+        waits = [asyncio.ensure_future(pool.ready(timeout)) for pool in self.pools()]
+        try:
+            await asyncio.gather(*waits)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    def close(self) -> None:
+        for pool in self.pools():
+            pool.kill()
+
+    @property
+    def restarts(self) -> int:
+        return sum(pool.restarts for pool in self.pools())
+
+    # ---- work ----------------------------------------------------------------------------
+
+    async def sample(
+        self, unit: WorkUnit, policy: Refs
+    ) -> tuple[Info, ray.ObjectRef, ray.ObjectRef]:
+        """Trajectory and image refs of a unit of work."""
+        info, (trajectory, images) = await self.rollouts.run(
+            f"sampling iteration {unit.iteration}, unit {unit.index}",
+            lambda actor: actor.sample.options(num_returns=3).remote(unit, list(policy)),
+            self.config.rollout.timeout_s,
+        )
+        return info, trajectory, images
+
+    async def generate(
+        self, prompts: Sequence[str], seeds: np.ndarray, policy: Refs
+    ) -> tuple[Info, ray.ObjectRef]:
+        """Images alone; those of the base model without a policy."""
+        info, (images,) = await self.rollouts.run(
+            "generating evaluation images",
+            lambda actor: actor.generate.options(num_returns=2).remote(
+                list(prompts), seeds, list(policy)
+            ),
+            self.config.rollout.timeout_s,
+        )
+        return info, images
+
+    async def score(
+        self,
+        reward: RewardConfig,
+        images: ray.ObjectRef,
+        prompts: Sequence[str],
+        metadata: Sequence[dict[str, Any]],
+    ) -> Scores:
+        """Scores of one batch; after all retries, the error instead of scores."""
+        pool, answer = self.rewards[reward.key], Scores(None, "never tried", 0.0)
+        for _ in range(reward.retries + 1):
+            try:
+                answer, _ = await pool.run(
+                    f"scoring {len(prompts)} images",
+                    lambda actor: actor.score.remote(images, list(prompts), list(metadata)),
+                    reward.timeout_s,
+                )
+            except ActorError as error:
+                return Scores(None, str(error), 0.0)
+            if answer.error is None:
+                return answer
+        return answer
+
+    async def initialize(self, state: Refs) -> tuple[ray.ObjectRef, ...]:
+        """(state, snapshot, evaluation snapshot) of a fresh or restored learner."""
+        assert self.learner is not None
+        _, refs = await self.learner.run(
+            "initialisation",
+            lambda actor: actor.initialize.options(num_returns=4).remote(list(state)),
+            self.config.ray.start_timeout_s,
+        )
+        return refs
+
+    async def update(
+        self,
+        version: int,
+        trajectories: Refs,
+        advantages: np.ndarray,
+        mask: np.ndarray,
+        state: ray.ObjectRef,
+        behaviour: Refs,
+    ) -> tuple[dict[str, Any], tuple[ray.ObjectRef, ...]]:
+        """Metrics, and (state, snapshot, evaluation snapshot) of the next version."""
+        assert self.learner is not None
+        return await self.learner.run(
+            f"the update of iteration {version}",
+            lambda actor: actor.update.options(num_returns=4).remote(
+                version, list(trajectories), advantages, mask, [state], list(behaviour)
+            ),
+            self.config.learner.timeout_s,
+        )
+
+    async def export(self, policy: Refs) -> dict[str, bytes]:
+        """An adapter's files by name."""
+        files, _ = await self.rollouts.run(
+            "adapter export", lambda actor: actor.export.remote(list(policy)), 300.0
+        )
+        return files
+
+    async def count_truncated(self, prompts: Sequence[str]) -> int:
+        """How many prompts are longer than the encoder's limit."""
+        count, _ = await self.rollouts.run(
+            "prompt check", lambda actor: actor.count_truncated.remote(list(prompts)), 300.0
+        )
+        return count
+
+    async def images(self, ref: ray.ObjectRef) -> np.ndarray:
+        """Fetch images, uint8 [B, H, W, 3]; only for what the driver shows or stores."""
+        from texforce_ray.actors.messages import unpack_images
+
+        payload: ImagePayload = await asyncio.wrap_future(ref.future())
+        return unpack_images(payload)

@@ -1,0 +1,56 @@
+"""Plain data that crosses between processes. No torch, no pydantic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Bytes and shape rather than an array: a numpy 2 array does not unpickle under numpy 1.
+ImagePayload = tuple[bytes, tuple[int, int, int, int]]
+
+
+@dataclass(frozen=True)
+class WorkUnit:
+    """One batch of samples, fixed by the config alone: whoever draws it draws the same bits.
+
+    first is the index of its first sample within the iteration; seeds: int64 [B].
+    """
+
+    iteration: int
+    index: int
+    first: int
+    prompts: tuple[str, ...]
+    metadata: tuple[dict[str, Any], ...]
+    seeds: np.ndarray
+    policy_version: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+class Info(NamedTuple):
+    """Small facts about a finished task, the only part that the driver fetches."""
+
+    seconds: float
+    truncated: int = 0
+
+
+class Scores(NamedTuple):
+    """What a reward server answers: scores, or the reason why there are none."""
+
+    scores: list[float] | None
+    error: str | None
+    seconds: float
+
+
+def pack_images(images: np.ndarray) -> ImagePayload:
+    """uint8 [B, H, W, 3] to bytes and shape."""
+    return images.tobytes(), tuple(images.shape)
+
+
+def unpack_images(payload: ImagePayload) -> np.ndarray:
+    """The inverse of `pack_images`; the array is read-only."""
+    data, shape = payload
+    return np.frombuffer(data, dtype=np.uint8).reshape(shape)

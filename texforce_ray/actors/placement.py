@@ -1,0 +1,85 @@
+"""What a run asks of the cluster, and whether the cluster has it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from texforce_ray.config import Config
+from texforce_ray.errors import ResourceError
+
+
+@dataclass(frozen=True)
+class Request:
+    """`count` actors of one role, each with these Ray resources."""
+
+    role: str
+    count: int
+    resources: dict[str, float]
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{amount:g} {name}" for name, amount in self.resources.items() if amount)
+        return f"{self.count} x {self.role} ({each or 'no resources'} each)"
+
+
+def requests(config: Config, *, learner: bool = True) -> list[Request]:
+    """All actors of a run, by role."""
+    r, t = config.rollout, config.learner
+    asked = [
+        Request("rollout", r.num_workers, {"CPU": r.num_cpus, "GPU": r.num_gpus, **r.resources})
+    ]
+    if learner:
+        asked.append(Request("learner", 1, {"CPU": t.num_cpus, "GPU": t.num_gpus, **t.resources}))
+    for reward in config.rewards:
+        each = {"CPU": reward.num_cpus, "GPU": reward.num_gpus, **reward.resources}
+        asked.append(Request(f"reward {reward.key}", reward.replicas, each))
+    return asked
+
+
+def totals(asked: list[Request]) -> dict[str, float]:
+    """The sum over all actors, by resource."""
+    summed: dict[str, float] = {}
+    for request in asked:
+        for name, amount in request.resources.items():
+            if amount:
+                summed[name] = summed.get(name, 0.0) + amount * request.count
+    return summed
+
+
+def wait_for_room(config: Config, *, learner: bool = True) -> None:
+    """Return once the cluster has room for all actors.
+
+    Raises:
+        ResourceError: saying what was asked for and what there is, at once if the cluster is too
+            small and after `ray.resource_timeout_s` if others use it.
+    """
+    import ray
+
+    asked = requests(config, learner=learner)
+    needed = totals(asked)
+    deadline = time.monotonic() + config.ray.resource_timeout_s
+    while True:
+        free = ray.available_resources()
+        missing = [name for name, amount in needed.items() if free.get(name, 0) + 1e-6 < amount]
+        if not missing:
+            return
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    whole = ray.cluster_resources()
+    lines = [
+        f"  {name}: asked {needed[name]:g}, free {free.get(name, 0):g}, "
+        f"cluster has {whole.get(name, 0):g}"
+        for name in missing
+    ]
+    raise ResourceError(
+        "\n".join(
+            [
+                "the Ray cluster has no room for this run:",
+                *lines,
+                "the run asks for " + "; ".join(map(str, asked)),
+                "ask for less (rollout.num_workers, rollout.num_cpus, learner.num_cpus, "
+                "rewards.0.num_cpus, ... and likewise num_gpus) or add nodes",
+            ]
+        )
+    )

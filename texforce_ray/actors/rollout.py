@@ -1,0 +1,120 @@
+"""Rollout actor: a thin shell around the sampler. Heavy imports wait until it is made."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from texforce_ray.actors.messages import ImagePayload, Info, WorkUnit, pack_images
+from texforce_ray.config import Config
+from texforce_ray.model.snapshot import PolicySnapshot
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+    from texforce_ray.diffusion.trajectory import Trajectory
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and advice of the libraries out of the run's output."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+
+
+class RolloutActor:
+    """Generates trajectories and images with the policy version that each task names."""
+
+    def __init__(self, config: Config) -> None:
+        import torch
+
+        from texforce_ray.diffusion.sampler import Sampler
+        from texforce_ray.model.adapter import Adapter
+        from texforce_ray.model.backbone import load_config_backbone
+
+        quiet_libraries()
+        torch.set_num_threads(config.rollout.num_threads)
+        self.config = config
+        self.backbone = load_config_backbone(config.model, config.rollout.num_gpus)
+        self.sampler = Sampler(
+            self.backbone,
+            steps=config.diffusion.steps,
+            eta=config.diffusion.eta,
+            guidance_scale=config.diffusion.guidance_scale,
+            storage_dtype=config.diffusion.storage_dtype,
+        )
+        self._adapter: Adapter | None = None
+        self._loaded: str | None = None
+
+    def ready(self) -> str:
+        """Device and process, for log messages."""
+        return f"{self.backbone.device}, pid {os.getpid()}"
+
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        """How many prompts are longer than the encoder's limit."""
+        return sum(self.backbone.tokenize(prompts).truncated)
+
+    def sample(
+        self, unit: WorkUnit, policy: Sequence[ObjectRef]
+    ) -> tuple[Info, Trajectory, ImagePayload]:
+        """One unit of work under the policy that `policy[0]` refers to."""
+        start = time.perf_counter()
+        self._pull(policy)
+        trajectory, images = self.sampler.sample(unit.prompts, unit.seeds, unit.policy_version)
+        return Info(time.perf_counter() - start), trajectory, pack_images(images)
+
+    def generate(
+        self, prompts: Sequence[str], seeds: np.ndarray, policy: Sequence[ObjectRef]
+    ) -> tuple[Info, ImagePayload]:
+        """Images alone, for evaluation; without a policy, those of the base model."""
+        start = time.perf_counter()
+        self._pull(policy)
+        _, images = self.sampler.sample(prompts, seeds, policy_version=0)
+        return Info(time.perf_counter() - start), pack_images(images)
+
+    def export(self, policy: Sequence[ObjectRef]) -> dict[str, bytes]:
+        """The adapter's files by name; the driver writes them."""
+        import ray
+
+        from texforce_ray.model.adapter import export_adapter
+
+        with tempfile.TemporaryDirectory() as folder:
+            export_adapter(ray.get(policy[0]), Path(folder), self.config.model.path)
+            return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+
+    def _pull(self, policy: Sequence[ObjectRef]) -> None:
+        """Load the task's policy, if it is not the loaded one: a restarted actor heals itself."""
+        import ray
+
+        wanted = policy[0].hex() if policy else None
+        if wanted == self._loaded:
+            return
+        if wanted is None:
+            self._remove()
+        else:
+            self._load(ray.get(policy[0]))
+        self._loaded = wanted
+
+    def _load(self, snapshot: PolicySnapshot) -> None:
+        from texforce_ray.model.adapter import Adapter
+
+        if self._adapter is None or self._adapter.shape != snapshot.shape:
+            self._remove()
+            self._adapter = Adapter(self.backbone, snapshot.shape, seed=0)
+        self._adapter.load(snapshot)
+
+    def _remove(self) -> None:
+        if self._adapter is not None:
+            self._adapter.remove()
+        self._adapter = None

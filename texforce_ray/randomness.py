@@ -1,0 +1,36 @@
+"""Every random choice of a run as a pure function of (seed, stream, iteration, index)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+# One number per purpose: streams never meet, whatever the seed.
+PROMPTS, NOISE, MINIBATCHES, TIMESTEPS, EVALUATION, BOOTSTRAP = range(6)
+
+
+def generator(seed: int, stream: int, *index: int) -> np.random.Generator:
+    """A generator of its own for one purpose and place in the run."""
+    return np.random.default_rng([seed, stream, *index])
+
+
+def noise_seeds(seed: int, iteration: int, count: int, stream: int = NOISE) -> np.ndarray:
+    """Seeds of `count` samples of an iteration, int64 [count], valid for `torch.manual_seed`."""
+    return generator(seed, stream, iteration).integers(2**62, size=count, dtype=np.int64)
+
+
+def minibatches(seed: int, iteration: int, epoch: int, count: int, parts: int) -> list[np.ndarray]:
+    """A shuffled split of `count` samples into equal `parts`, each int64 [count / parts]."""
+    order = generator(seed, MINIBATCHES, iteration, epoch).permutation(count)
+    return np.split(order, parts)
+
+
+def trained_steps(
+    seed: int, iteration: int, count: int, steps: list[int], chosen: int
+) -> np.ndarray:
+    """For each of `count` samples, `chosen` of the trainable `steps`, ascending: [count, chosen].
+
+    All steps are returned where `chosen` is not smaller than their number.
+    """
+    chosen = min(chosen, len(steps))
+    order = generator(seed, TIMESTEPS, iteration).random((count, len(steps))).argsort(axis=1)
+    return np.sort(np.asarray(steps)[order[:, :chosen]], axis=1)

@@ -1,0 +1,81 @@
+"""What a reward is. Needs numpy alone: rewards may live in environments without torch."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from texforce_ray.errors import RewardError
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Anything with a `score` method of this form; it need not inherit from this class."""
+
+    def score(
+        self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> Sequence[float]:
+        """One finite number per image, higher is better; NaN means "could not score".
+
+        Args:
+            images: uint8 [B, H, W, 3], read-only.
+            prompts: B texts.
+            metadata: B mappings, whatever the prompt file had besides the text.
+        """
+        ...
+
+
+def load_reward(target: str, kwargs: dict[str, Any]) -> Reward:
+    """Import 'package.module:Class' and make one.
+
+    Raises:
+        RewardError: naming the target and why it cannot be used.
+    """
+    module_name, _, class_name = target.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # user code: whatever it raises, the user must see its name
+        raise RewardError(
+            f"reward {target}: cannot import {module_name}: {type(error).__name__}: {error}"
+        ) from error
+    reward_class = getattr(module, class_name, None)
+    if reward_class is None:
+        raise RewardError(f"reward {target}: {module_name} has no class {class_name}")
+    if not callable(getattr(reward_class, "score", None)):
+        raise RewardError(
+            f"reward {target}: {class_name} has no method score(images, prompts, metadata)"
+        )
+    try:
+        return reward_class(**kwargs)
+    except Exception as error:
+        raise RewardError(
+            f"reward {target}: {class_name}(**{kwargs}) failed: {type(error).__name__}: {error}"
+        ) from error
+
+
+def checked_scores(scores: Any, count: int, name: str) -> list[float]:
+    """Scores as plain floats, NaN allowed.
+
+    Raises:
+        RewardError: wrong length, infinite, or not numbers.
+    """
+    try:
+        values = [float(score) for score in scores]
+    except (TypeError, ValueError) as error:
+        raise RewardError(
+            f"reward {name}: score() returned {type(scores).__name__}, which is not a list of "
+            f"numbers ({error})"
+        ) from None
+    if len(values) != count:
+        raise RewardError(
+            f"reward {name}: score() returned {len(values)} numbers for {count} images"
+        )
+    if infinite := sum(value in (float("inf"), float("-inf")) for value in values):
+        raise RewardError(
+            f"reward {name}: score() returned {infinite} infinite numbers; use NaN for 'could "
+            "not score'"
+        )
+    return values

@@ -1,0 +1,98 @@
+"""Rewards to advantages, in numpy, in index order: the same on every machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_EPS = 1e-6
+_MIN_STD = 1e-4  # a group whose rewards are all equal teaches nothing, rather than noise
+
+
+def combine(
+    rewards: np.ndarray, mask: np.ndarray, weights: Sequence[float], normalize: Sequence[str]
+) -> np.ndarray:
+    """Weighted sum of reward components: float64 [N]; 0 where masked.
+
+    Args:
+        rewards: float64 [N, R], raw values; NaN where a component could not be scored.
+        mask: bool [N], True where every component was scored.
+        weights: R factors.
+        normalize: R times 'none' or 'batch' (mean 0, deviation 1 over the unmasked samples).
+    """
+    total = np.zeros(len(rewards))
+    for column, (weight, how) in enumerate(zip(weights, normalize, strict=True)):
+        values = np.where(mask, rewards[:, column], 0.0)
+        if how == "batch" and mask.any():
+            known = values[mask]
+            values = np.where(mask, (values - known.mean()) / (known.std() + _EPS), 0.0)
+        total += weight * values
+    return np.where(mask, total, 0.0)
+
+
+def batch_advantages(total: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(r - mean) / std over the unmasked samples: float64 [N], 0 where masked."""
+    if not mask.any():
+        return np.zeros(len(total))
+    return _normalized(total, mask, total[mask].mean(), total[mask].std())
+
+
+def group_advantages(
+    total: np.ndarray, mask: np.ndarray, prompts: Sequence[str], scale: str = "own"
+) -> np.ndarray:
+    """As `batch_advantages`, within the samples of each prompt.
+
+    With `scale` 'batch' the mean is the group's and the deviation that of all samples around
+    their group's mean: groups in which little is at stake then weigh little.
+    """
+    centered, deviation = np.zeros(len(total)), np.zeros(len(total))
+    for prompt in dict.fromkeys(prompts):
+        rows = np.array([p == prompt for p in prompts]) & mask
+        if rows.any():
+            centered[rows] = total[rows] - total[rows].mean()
+            deviation[rows] = total[rows].std()
+    if scale == "batch" and mask.any():
+        deviation[:] = np.sqrt((centered[mask] ** 2).mean())
+    return _scaled(centered, deviation, mask)
+
+
+class PromptStatistics:
+    """A rolling buffer of rewards per prompt (DDPO, appendix; TexForce section 3.2)."""
+
+    def __init__(self, buffer_size: int, min_count: int) -> None:
+        self.buffer_size, self.min_count = buffer_size, min_count
+        self.buffers: dict[str, list[float]] = {}
+
+    def advantages(
+        self, total: np.ndarray, mask: np.ndarray, prompts: Sequence[str], scale: str = "own"
+    ) -> np.ndarray:
+        """Add rewards to their prompts' buffers and normalise by them: float64 [N].
+
+        While a prompt has fewer than `min_count` rewards, the batch's statistics are used.
+        """
+        for prompt, value, known in zip(prompts, total, mask, strict=True):
+            if known:
+                buffer = self.buffers.setdefault(prompt, [])
+                buffer.append(float(value))
+                del buffer[: -self.buffer_size]
+        known = total[mask] if mask.any() else np.zeros(1)
+        mean, std = np.full(len(total), known.mean()), np.full(len(total), known.std())
+        for prompt in dict.fromkeys(prompts):
+            buffer = self.buffers.get(prompt, [])
+            if len(buffer) >= self.min_count:
+                rows = np.array([p == prompt for p in prompts])
+                mean[rows], std[rows] = np.mean(buffer), np.std(buffer)
+        centered = total - mean
+        if scale == "batch" and mask.any():
+            std[:] = np.sqrt((centered[mask] ** 2).mean())
+        return _scaled(centered, std, mask)
+
+
+def _normalized(total: np.ndarray, mask: np.ndarray, mean: float, std: float) -> np.ndarray:
+    return _scaled(total - mean, np.full(len(total), std), mask)
+
+
+def _scaled(centered: np.ndarray, std: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    useful = mask & (std > _MIN_STD)
+    return np.where(useful, centered / (std + _EPS), 0.0)

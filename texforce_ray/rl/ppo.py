@@ -1,0 +1,55 @@
+"""PPO on denoising steps: pure functions, one value per (sample, timestep)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PpoLoss:
+    """loss: float [B], to be summed and divided by the global count; the rest is detached."""
+
+    loss: Tensor
+    ratio: Tensor
+    approx_kl: Tensor
+    clipped: Tensor
+
+
+def clipped_loss(
+    log_prob: Tensor,
+    anchor_log_prob: Tensor,
+    advantage: Tensor,
+    clip_range: float,
+    weight: Tensor | None = None,
+) -> PpoLoss:
+    """-w * min(r A, clip(r, 1 - lambda, 1 + lambda) A), r = exp(log_prob - anchor_log_prob).
+
+    The anchor is the behaviour policy in plain PPO (TexForce eq. 6), and the proximal policy in
+    decoupled PPO (Hilton et al. 2022), with w = `behaviour_weight`. All arguments are float [B];
+    gradient flows through `log_prob` alone.
+
+    approx_kl is Schulman's estimator (r - 1) - log r, which is never negative.
+    """
+    log_ratio = log_prob - anchor_log_prob
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = -torch.minimum(ratio * advantage, clipped * advantage)
+    if weight is not None:
+        loss = loss * weight
+    with torch.no_grad():
+        approx_kl = torch.expm1(log_ratio) - log_ratio
+        outside = ((ratio - 1).abs() > clip_range).float()
+    return PpoLoss(loss, ratio.detach(), approx_kl, outside)
+
+
+def behaviour_weight(prox_log_prob: Tensor, behaviour_log_prob: Tensor, cap: float) -> Tensor:
+    """w = min(pi_prox / pi_behaviour, c) of decoupled PPO: float [B]."""
+    return (prox_log_prob - behaviour_log_prob).exp().clamp(max=cap)
+
+
+def ratio_error(log_prob: Tensor, behaviour_log_prob: Tensor) -> float:
+    """max |r - 1|: how far learner and sampler disagree about the same weights."""
+    return float(torch.expm1(log_prob - behaviour_log_prob).abs().max())
