@@ -17,7 +17,7 @@ from texforce_ray.errors import ActorError, TexForceError
 
 log = logging.getLogger(__name__)
 
-Submit = Callable[[Any], Sequence["ray.ObjectRef"] | "ray.ObjectRef"]
+Submit = Callable[[Any], Any]  # calls a method of an actor; gives its ref or refs
 
 
 class ActorPool:

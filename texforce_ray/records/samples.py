@@ -39,15 +39,24 @@ def write_samples(run_dir: Path, iteration: int, columns: Mapping[str, Column]) 
         RunDirectoryError: the file could not be written.
         ValueError: the columns differ in length.
     """
+    path = samples_path(run_dir, iteration)
+    atomic_write_bytes(path, to_parquet(columns))
+    return path
+
+
+def to_parquet(columns: Mapping[str, Column]) -> bytes:
+    """The bytes of a parquet file with these columns; equal columns give equal bytes.
+
+    Raises:
+        ValueError: the columns differ in length.
+    """
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"sample columns must be of one length, got {lengths}")
     table = pa.table({name: _arrow(column) for name, column in columns.items()})
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
-    path = samples_path(run_dir, iteration)
-    atomic_write_bytes(path, buffer.getvalue())
-    return path
+    return buffer.getvalue()
 
 
 def read_samples(path: Path) -> dict[str, list[Any]]:

@@ -1,0 +1,82 @@
+"""What the unit tests of policy, sampler and learner share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from texforce_ray.model.adapter import Adapter
+from texforce_ray.model.backbone import Backbone, load_backbone
+
+LoadStock = Callable[[], StableDiffusionPipeline]
+StockImages = Callable[..., np.ndarray]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny_backbone(tiny_pipeline: Path) -> Callable[[], Backbone]:
+    """Loads a fresh backbone at each call: adapters change it."""
+    return lambda: load_backbone(str(tiny_pipeline))
+
+
+@pytest.fixture
+def stock_pipeline(tiny_pipeline: Path) -> LoadStock:
+    """Loads the miniature as any user of diffusers would."""
+
+    def load() -> StableDiffusionPipeline:
+        pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline, safety_checker=None)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return load
+
+
+@pytest.fixture
+def stock_images() -> StockImages:
+    """Images of a stock pipeline, uint8 [B, H, W, 3]."""
+
+    def draw(
+        pipe: StableDiffusionPipeline,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int,
+        eta: float,
+        guidance_scale: float,
+    ) -> np.ndarray:
+        generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
+        images = pipe(
+            list(prompts),
+            num_inference_steps=steps,
+            eta=eta,
+            guidance_scale=guidance_scale,
+            generator=generators,
+        ).images
+        return np.stack([np.asarray(image) for image in images])
+
+    return draw
+
+
+@pytest.fixture
+def randomize() -> Callable[..., None]:
+    """Sets all of an adapter's weights, A and B, to noise: a policy that is not the base."""
+
+    def fill(adapter: Adapter, seed: int, scale: float = 0.3) -> None:
+        rng = torch.Generator().manual_seed(seed)
+        for parameter in adapter.parameters():
+            noise = torch.randn(parameter.shape, generator=rng)
+            parameter.data = (noise * scale).to(parameter.dtype)
+
+    return fill

@@ -1,0 +1,154 @@
+"""From prompts to scored samples: what one iteration samples, and how it is gathered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from texforce_ray import randomness
+from texforce_ray.actors.messages import WorkUnit
+from texforce_ray.config import Config
+from texforce_ray.errors import RewardError
+from texforce_ray.prompts import Prompt, prompts_of_iteration
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+    from texforce_ray.actors.crew import Crew
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """N samples of one iteration, in index order, with R rewards.
+
+    trajectories: one ref per unit of work; never fetched by the driver.
+    rewards: float64 [N, R], raw, NaN where a sample could not be scored.
+    errors: the last error of each reward that had one.
+    reward_seconds: time that each reward's servers computed.
+    """
+
+    iteration: int
+    policy_version: int
+    prompts: tuple[str, ...]
+    seeds: np.ndarray
+    trajectories: tuple[ObjectRef, ...]
+    rewards: np.ndarray
+    errors: dict[str, str]
+    rollout_seconds: float
+    reward_seconds: dict[str, float]
+
+    @property
+    def scored(self) -> np.ndarray:
+        """bool [N]: samples that every reward could score."""
+        return ~np.isnan(self.rewards).any(axis=1)
+
+
+def plan_units(config: Config, prompts: list[Prompt], iteration: int) -> list[WorkUnit]:
+    """The iteration's units of work: a pure function of config and prompts."""
+    chosen = prompts_of_iteration(prompts, config.seed, iteration, config.prompts.per_iteration)
+    samples = [prompt for prompt in chosen for _ in range(config.prompts.samples_per_prompt)]
+    seeds = randomness.noise_seeds(config.seed, iteration, len(samples))
+    size = config.rollout.batch_size
+    return [
+        WorkUnit(
+            iteration=iteration,
+            index=first // size,
+            first=first,
+            prompts=tuple(p.text for p in samples[first : first + size]),
+            metadata=tuple(p.metadata for p in samples[first : first + size]),
+            seeds=seeds[first : first + size],
+            policy_version=max(0, iteration - config.max_staleness),
+        )
+        for first in range(0, len(samples), size)
+    ]
+
+
+async def collect(crew: Crew, units: Sequence[WorkUnit], policy: ObjectRef) -> ScoredBatch:
+    """Sample all units under `policy` and score each as soon as its images are there.
+
+    Raises:
+        ActorError: a rollout actor failed for good.
+    """
+    parts = await gather(*(_sample_and_score(crew, unit, policy) for unit in units))
+    errors: dict[str, str] = {}
+    seconds = {reward.key: 0.0 for reward in crew.config.rewards}
+    for part in parts:
+        errors |= part.errors
+        for key, value in part.reward_seconds.items():
+            seconds[key] += value
+    return ScoredBatch(
+        iteration=units[0].iteration,
+        policy_version=units[0].policy_version,
+        prompts=tuple(prompt for part in parts for prompt in part.prompts),
+        seeds=np.concatenate([part.seeds for part in parts]),
+        trajectories=tuple(ref for part in parts for ref in part.trajectories),
+        rewards=np.concatenate([part.rewards for part in parts]),
+        errors=errors,
+        rollout_seconds=sum(part.rollout_seconds for part in parts),
+        reward_seconds=seconds,
+    )
+
+
+async def _sample_and_score(crew: Crew, unit: WorkUnit, policy: ObjectRef) -> ScoredBatch:
+    info, trajectory, images = await crew.sample(unit, [policy])
+    rewards, errors, seconds = await score(crew, images, unit.prompts, unit.metadata)
+    return ScoredBatch(
+        iteration=unit.iteration,
+        policy_version=unit.policy_version,
+        prompts=unit.prompts,
+        seeds=unit.seeds,
+        trajectories=(trajectory,),
+        rewards=rewards,
+        errors=errors,
+        rollout_seconds=info.seconds,
+        reward_seconds=seconds,
+    )
+
+
+async def score(
+    crew: Crew, images: ObjectRef, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+) -> tuple[np.ndarray, dict[str, str], dict[str, float]]:
+    """All rewards of one batch at once: float64 [B, R] with NaN for failures, errors, seconds."""
+    rewards = crew.config.rewards
+    answers = await gather(*(crew.score(r, images, prompts, metadata) for r in rewards))
+    columns, errors, seconds = [], {}, {}
+    for reward, answer in zip(rewards, answers, strict=True):
+        if answer.error is not None:
+            errors[reward.key] = answer.error
+        scores = answer.scores if answer.scores is not None else [np.nan] * len(prompts)
+        columns.append(np.array(scores, dtype=np.float64))
+        seconds[reward.key] = answer.seconds
+    return np.stack(columns, axis=1), errors, seconds
+
+
+async def gather(*jobs: Any) -> list[Any]:
+    """Await all; if one fails, cancel the others, so that none is left running unseen."""
+    tasks = [asyncio.ensure_future(job) for job in jobs]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def check_masked(config: Config, rewards: np.ndarray, errors: dict[str, str], what: str) -> None:
+    """Refuse to train on what is left when too much could not be scored.
+
+    Raises:
+        RewardError: naming the reward, how many samples it failed on, and its last error.
+    """
+    for column, reward in enumerate(config.rewards):
+        failed = int(np.isnan(rewards[:, column]).sum())
+        if failed > config.advantage.max_masked * len(rewards):
+            cause = errors.get(reward.key, "score() returned NaN")
+            raise RewardError(
+                f"reward {reward.key} could not score {failed} of {len(rewards)} samples of "
+                f"{what} (advantage.max_masked allows {config.advantage.max_masked:.0%}); "
+                f"last error: {cause}"
+            )

@@ -1,0 +1,127 @@
+"""Evaluation of policies on the same prompts and seeds, and honest differences between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from texforce_ray import randomness
+from texforce_ray.collect import gather, score
+from texforce_ray.prompts import Prompt, prompts_of_iteration
+from texforce_ray.rl.advantage import combine
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+    from texforce_ray.actors.crew import Crew
+
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """N images of one policy.
+
+    rewards: float64 [N, R], raw; total: float64 [N], weighted sum without normalisation, NaN where
+    a component is; shown: uint8 [G, H, W, 3], the first images.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: np.ndarray
+    rewards: np.ndarray
+    total: np.ndarray
+    shown: np.ndarray
+    errors: dict[str, str]
+
+    def means(self, names: Sequence[str]) -> dict[str, float]:
+        """Mean of each reward and of the total, over what could be scored."""
+        columns = dict(zip(names, self.rewards.T, strict=True)) | {"total": self.total}
+        return {name: _mean(values) for name, values in columns.items()}
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+async def evaluate(
+    crew: Crew, prompts: list[Prompt], count: int, policy: Sequence[ObjectRef]
+) -> Evaluation:
+    """Draw and score `count` images: the same prompts and seeds for every policy.
+
+    Args:
+        crew: rollout actors and reward servers.
+        prompts: taken in an order fixed by `eval.seed`, again from the start when used up.
+        count: images.
+        policy: one snapshot ref; empty for the base model.
+    """
+    config = crew.config
+    chosen = prompts_of_iteration(prompts, config.eval.seed, 0, count)
+    seeds = randomness.noise_seeds(config.eval.seed, 0, count, randomness.EVALUATION)
+    size = config.rollout.batch_size
+    shown = min(config.eval.grid, count)
+
+    async def part(first: int) -> tuple[np.ndarray, dict[str, str], np.ndarray | None]:
+        batch = chosen[first : first + size]
+        texts = [p.text for p in batch]
+        _, images = await crew.generate(texts, seeds[first : first + size], policy)
+        rewards, errors, _ = await score(crew, images, texts, [p.metadata for p in batch])
+        return rewards, errors, await crew.images(images) if first < shown else None
+
+    parts = await gather(*(part(first) for first in range(0, count, size)))
+    rewards = np.concatenate([rewards for rewards, _, _ in parts])
+    mask = ~np.isnan(rewards).any(axis=1)
+    weights = [reward.weight for reward in config.rewards]
+    total = combine(rewards, mask, weights, ["none"] * len(weights))
+    return Evaluation(
+        prompts=tuple(p.text for p in chosen),
+        seeds=seeds,
+        rewards=rewards,
+        total=np.where(mask, total, np.nan),
+        shown=np.concatenate([images for _, _, images in parts if images is not None])[:shown],
+        errors={key: error for _, errors, _ in parts for key, error in errors.items()},
+    )
+
+
+def paired_difference(base: np.ndarray, tuned: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """Mean difference of paired scores (float64 [N] each) with a 95 % bootstrap interval.
+
+    Pairs in which either score is NaN are left out.
+    """
+    known = ~(np.isnan(base) | np.isnan(tuned))
+    base, tuned = base[known], tuned[known]
+    if not len(base):
+        nothing = float("nan")
+        return dict.fromkeys(("base", "tuned", "difference", "low", "high"), nothing) | {
+            "images": 0
+        }
+    difference = tuned - base
+    low, high = bootstrap_interval(difference, seed)
+    return {
+        "base": float(base.mean()),
+        "tuned": float(tuned.mean()),
+        "difference": float(difference.mean()),
+        "low": low,
+        "high": high,
+        "images": len(difference),
+    }
+
+
+def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile-bootstrap interval of the mean of float64 [N]."""
+    rng = randomness.generator(seed, randomness.BOOTSTRAP)
+    picks = rng.integers(len(values), size=(_RESAMPLES, len(values)))
+    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def compare(
+    names: Sequence[str], base: Evaluation, tuned: Evaluation
+) -> dict[str, dict[str, float]]:
+    """Paired differences of every reward and of the total, by name."""
+    columns = zip(names, base.rewards.T, tuned.rewards.T, strict=True)
+    result = {name: paired_difference(b, t) for name, b, t in columns}
+    return result | {"total": paired_difference(base.total, tuned.total)}

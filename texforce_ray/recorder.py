@@ -1,0 +1,204 @@
+"""Turns what happened in an iteration into records: metrics, samples, grids, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from texforce_ray.actors.crew import Crew
+from texforce_ray.collect import ScoredBatch
+from texforce_ray.config import Config
+from texforce_ray.evaluation import Evaluation
+from texforce_ray.policy import Policy
+from texforce_ray.records.checkpoint import (
+    checkpoint_path,
+    is_complete,
+    mark_best,
+    prune,
+    save_checkpoint,
+)
+from texforce_ray.records.model_card import ModelCardInfo
+from texforce_ray.records.run_directory import RunDirectory
+from texforce_ray.rl.baseline import Baseline
+
+
+class Recorder:
+    """Writes one run's records and times its phases."""
+
+    def __init__(self, config: Config, directory: RunDirectory) -> None:
+        self.config, self.directory = config, directory
+        self.names = [reward.key for reward in config.rewards]
+        self.reward: float | None = None
+        self.samples_per_second: float | None = None
+        self._best: float | None = None
+        self._evaluation: dict[str, float] = {}
+        self.start_iteration()
+
+    def start_iteration(self) -> None:
+        self._began = time.perf_counter()
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time within it as phase `name`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - began
+
+    def recorded_mask(self, batch: ScoredBatch) -> np.ndarray:
+        """Masks of an earlier attempt at this iteration are replayed: a repeated run is the same."""
+        return self.directory.recorded_mask(batch.iteration, batch.seeds)
+
+    def samples(
+        self, batch: ScoredBatch, mask: np.ndarray, total: np.ndarray, advantages: np.ndarray
+    ) -> None:
+        """The iteration's parquet file; written before the update, so that its masks are kept."""
+        columns: dict[str, Any] = {
+            "prompt": list(batch.prompts),
+            "seed": batch.seeds,
+            "policy_version": np.full(len(mask), batch.policy_version),
+        }
+        columns |= dict(zip([f"reward_{n}" for n in self.names], batch.rewards.T, strict=True))
+        columns |= {"total": total, "advantage": advantages, "masked": ~mask}
+        self.directory.write_samples(batch.iteration, columns)
+
+    def evaluation(self, version: int, result: Evaluation) -> None:
+        """Scores and grid of an evaluation in the run."""
+        means = result.means(self.names)
+        self._evaluation = {f"eval/{name}": value for name, value in means.items()}
+        self._best = means["total"]
+        shown = len(result.shown)
+        self.directory.write_grid(
+            version, result.shown, result.prompts[:shown], result.total[:shown]
+        )
+
+    async def iteration(
+        self,
+        batch: ScoredBatch,
+        mask: np.ndarray,
+        total: np.ndarray,
+        advantages: np.ndarray,
+        update: Mapping[str, Any],
+        policy: Policy,
+        baseline: Baseline,
+        crew: Crew,
+    ) -> None:
+        """The iteration's line of metrics, and its checkpoint if one is due."""
+        with self.phase("records"):
+            due = policy.version % self.config.checkpoint.every == 0
+            last = policy.version == self.config.iterations
+            if due or last or self._best is not None:
+                await self.checkpoint(policy, baseline)
+        seconds = time.perf_counter() - self._began
+        self.samples_per_second = len(mask) / seconds
+        self.reward = float(total[mask].mean()) if mask.any() else None
+        metrics: dict[str, Any] = {
+            "policy_version": policy.version,
+            "reward/total_mean": self.reward,
+            "reward/total_std": float(total[mask].std()) if mask.any() else None,
+            **self._reward_metrics(batch),
+            "reward/masked": int((~mask).sum()),
+            "advantage/mean": float(advantages[mask].mean()) if mask.any() else None,
+            "advantage/std": float(advantages[mask].std()) if mask.any() else None,
+            "advantage/abs_max": float(np.abs(advantages).max()),
+            **{name: value for name, value in update.items() if "/" in name},
+            "staleness": policy.version - 1 - batch.policy_version,
+            **self._evaluation,
+            "samples_per_second": self.samples_per_second,
+            **self._times(seconds, batch, update),
+            "actors/restarts": crew.restarts,
+        }
+        self.directory.metrics.append(batch.iteration, metrics)
+        self._evaluation = {}
+
+    def _reward_metrics(self, batch: ScoredBatch) -> dict[str, float]:
+        metrics = {}
+        for name, values in zip(self.names, batch.rewards.T, strict=True):
+            known = values[~np.isnan(values)]
+            if len(known):
+                metrics[f"reward/{name}_mean"] = float(known.mean())
+                metrics[f"reward/{name}_std"] = float(known.std())
+        return metrics
+
+    def _times(
+        self, seconds: float, batch: ScoredBatch, update: Mapping[str, Any]
+    ) -> dict[str, float]:
+        """The driver's phases add up to the total; the actors' own work stands beside them."""
+        phases = dict(self._seconds)
+        phases["other"] = max(0.0, seconds - sum(phases.values()))
+        times = {f"seconds/{name}": value for name, value in phases.items()}
+        times |= {f"share/{name}": value / seconds for name, value in phases.items()}
+        times |= {f"work/reward_{name}": value for name, value in batch.reward_seconds.items()}
+        return times | {
+            "seconds/total": seconds,
+            "share/learner_wait": 1 - self._seconds["update"] / seconds,
+            "work/rollout": batch.rollout_seconds,
+            "work/learner": float(update.get("seconds", 0.0)),
+        }
+
+    async def checkpoint(self, policy: Policy, baseline: Baseline) -> None:
+        """Write the current version, note it if it is the best, delete what is not kept."""
+        path = self.directory.path
+        if not is_complete(checkpoint_path(path, policy.version)):
+            save_checkpoint(path, await policy.checkpoint(baseline.statistics.buffers))
+        if self._best is not None:
+            mark_best(path, policy.version, self._best)
+            self._best = None
+        prune(path, self.config.checkpoint.keep_last)
+
+    def finish(
+        self,
+        adapter: Mapping[str, bytes],
+        comparison: Mapping[str, Mapping[str, float]],
+        results: tuple[Evaluation, Evaluation] | None,
+    ) -> None:
+        """Final adapter with its card, the comparison of base and tuned, and the report."""
+        config = self.config
+        scores = {name: dict(values) for name, values in comparison.items()}
+        self.directory.write_adapter(
+            adapter,
+            ModelCardInfo(
+                base_model=config.model.path,
+                parts=("text_encoder",),
+                rank=config.lora.rank,
+                alpha=config.lora.alpha,
+                rewards=tuple((reward.key, reward.weight) for reward in config.rewards),
+                iterations=config.iterations,
+                samples=config.iterations * config.samples_per_iteration,
+                settings={
+                    "denoising steps": config.diffusion.steps,
+                    "guidance scale": config.diffusion.guidance_scale,
+                    "eta": config.diffusion.eta,
+                    "learning rate": config.optimizer.lr,
+                    "clip range": config.ppo.clip_range,
+                    "advantage": config.advantage.mode,
+                    "seed": config.seed,
+                },
+                scores=scores,
+                has_unet=False,
+            ),
+        )
+        if results is not None:
+            base, tuned = results
+            columns: dict[str, Any] = {"prompt": list(base.prompts), "seed": base.seeds}
+            for label, result in (("base", base), ("tuned", tuned)):
+                columns |= {
+                    f"{label}_{n}": v for n, v in zip(self.names, result.rewards.T, strict=True)
+                }
+                columns[f"{label}_total"] = result.total
+            shown = len(base.shown)
+            self.directory.write_evaluation(
+                {"rewards": scores},
+                columns,
+                [("base", base.shown), ("tuned", tuned.shown)],
+                base.prompts[:shown],
+                [base.total[:shown].tolist(), tuned.total[:shown].tolist()],
+            )
+        self.directory.report()

@@ -1,0 +1,42 @@
+"""The driver's advantages: rewards of an iteration against the configured baseline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from texforce_ray.config import Config
+from texforce_ray.rl.advantage import (
+    PromptStatistics,
+    batch_advantages,
+    combine,
+    group_advantages,
+)
+
+if TYPE_CHECKING:
+    from texforce_ray.collect import ScoredBatch
+
+
+class Baseline:
+    """Holds what is remembered of each prompt's rewards between iterations."""
+
+    def __init__(self, config: Config, remembered: dict[str, list[float]]) -> None:
+        self.config = config
+        a = config.advantage
+        self.statistics = PromptStatistics(a.buffer_size, a.min_count)
+        self.statistics.buffers = {key: list(values) for key, values in remembered.items()}
+
+    def advantages(self, batch: ScoredBatch, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Weighted total and clipped advantage of each sample, float64 [N] each; 0 where masked."""
+        a, rewards = self.config.advantage, self.config.rewards
+        total = combine(
+            batch.rewards, mask, [r.weight for r in rewards], [r.normalize for r in rewards]
+        )
+        if a.mode == "prompt":
+            advantages = self.statistics.advantages(total, mask, batch.prompts, a.scale)
+        elif a.mode == "group":
+            advantages = group_advantages(total, mask, batch.prompts, a.scale)
+        else:
+            advantages = batch_advantages(total, mask)
+        return total, np.clip(advantages, -a.clip, a.clip)

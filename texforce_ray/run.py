@@ -1,0 +1,149 @@
+"""The command: `python -m texforce_ray.run --config configs/NAME.yaml [key.sub=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from texforce_ray.errors import Interrupted, TexForceError
+
+if TYPE_CHECKING:
+    from texforce_ray.config import Config
+    from texforce_ray.driver import RunResult
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+
+
+def parser() -> argparse.ArgumentParser:
+    commands = argparse.ArgumentParser(
+        prog="python -m texforce_ray.run",
+        description="Fine-tune the text encoder of Stable Diffusion by reinforcement learning.",
+        epilog="Exit codes: 0 finished; 1 error; 2 wrong command line; 130 stopped by SIGINT or "
+        "SIGTERM with a checkpoint left behind.",
+    )
+    commands.add_argument("--config", type=Path, help="YAML file, e.g. configs/shapes.yaml")
+    commands.add_argument(
+        "--resume", type=Path, metavar="RUN_DIR", help="continue this run from its checkpoint"
+    )
+    commands.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, show the resolved config, the plan and the resources; start nothing",
+    )
+    commands.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="e.g. iterations=40 rollout.num_workers=4",
+    )
+    return commands
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    commands = parser()
+    options = commands.parse_intermixed_args(arguments)
+    if options.config is None and options.resume is None:
+        commands.error("give --config FILE, or --resume RUN_DIR")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        config = _configure(options.config, options.resume, options.overrides)
+        if options.dry_run:
+            _dry_run(config)
+            return 0
+        from texforce_ray.driver import train
+
+        result = train(config, resume=options.resume is not None)
+    except Interrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        print("\nstopped before the first iteration", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except TexForceError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    _print_result(config, result)
+    return 0
+
+
+def _configure(file: Path | None, resume: Path | None, overrides: list[str]) -> Config:
+    from texforce_ray.config import load_config
+    from texforce_ray.records.run_directory import check_same, read_config
+
+    if resume is None:
+        return load_config(file, overrides)
+    if file is None:
+        return read_config(resume, overrides)
+    now = load_config(file, [*overrides, f"run_dir={resume.absolute()}"])
+    check_same(read_config(resume), now, resume)
+    return now
+
+
+def _dry_run(config: Config) -> None:
+    from texforce_ray.actors.placement import requests, totals
+    from texforce_ray.config import resolve_run_dir, to_yaml
+    from texforce_ray.driver import check_inputs
+
+    config = resolve_run_dir(config)
+    prompts, eval_prompts = check_inputs(config)
+    print(to_yaml(config))
+    asked = requests(config)
+    needed = ", ".join(f"{amount:g} {name}" for name, amount in totals(asked).items())
+    print("plan:")
+    print(
+        f"  {config.iterations} iterations x {config.prompts.per_iteration} prompts (of "
+        f"{len(prompts)}) x {config.prompts.samples_per_prompt} samples = "
+        f"{config.iterations * config.samples_per_iteration} samples"
+    )
+    print(
+        f"  each iteration: {config.units_per_iteration} units of {config.rollout.batch_size} "
+        f"samples, {config.ppo.epochs * config.ppo.num_minibatches} updates of "
+        f"{config.minibatch_size} samples x {config.trained_timesteps} timesteps"
+    )
+    print(f"  evaluation on {len(eval_prompts)} prompts; staleness {config.max_staleness}")
+    for request in asked:
+        print(f"  {request}")
+    print(f"  in all: {needed or 'no resources'}")
+    print(f"  results go to {config.run_dir}")
+
+
+def _print_result(config: Config, result: RunResult) -> None:
+    """What the run gave and where it lies; the last line is one JSON object for scripts."""
+    total = result.comparison.get("total", {})
+    print(f"\nresults in {result.run_dir}")
+    for name, what in (
+        ("adapter", "LoRA for diffusers and PEFT, with a model card"),
+        ("evaluation/comparison.png", "base and tuned on the same prompts and seeds"),
+        ("report.html", "curves, grids, settings"),
+        ("metrics.jsonl", "one line per iteration"),
+        ("samples", "every sample with its seed, rewards and advantage (parquet)"),
+    ):
+        if (result.run_dir / name).exists():
+            print(f"  {name:<26} {what}")
+    if total:
+        print(
+            f"reward {total['base']:.3f} -> {total['tuned']:.3f}: {total['difference']:+.3f}, "
+            f"95 % interval [{total['low']:+.3f}, {total['high']:+.3f}], {total['images']} images "
+            "each, same prompts and seeds"
+        )
+    keys = ("base", "tuned", "difference", "low", "high", "images")
+    summary = {key: _rounded(total.get(key)) for key in keys}
+    summary |= {"seconds": round(result.seconds, 1), "run_dir": str(result.run_dir)}
+    print(json.dumps(summary))
+
+
+def _rounded(value: float | None) -> float | None:
+    return round(value, 6) if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    # A driver's imports of Ray print nothing; its usage statistics stay off unless asked for.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    sys.exit(main())
