@@ -26,10 +26,10 @@ from texforce_ray.errors import CheckpointError, Interrupted
 from texforce_ray.evaluation import Evaluation, compare, evaluate
 from texforce_ray.policy import Policy
 from texforce_ray.prompts import Prompt, load_prompts
+from texforce_ray.recorder import Recorder
 from texforce_ray.records.checkpoint import newest_checkpoint
 from texforce_ray.records.progress import Progress
 from texforce_ray.records.run_directory import RunDirectory
-from texforce_ray.recorder import Recorder
 from texforce_ray.rewards import resolve
 from texforce_ray.rl.baseline import Baseline
 

@@ -53,7 +53,7 @@ class Recorder:
             self._seconds[name] += time.perf_counter() - began
 
     def recorded_mask(self, batch: ScoredBatch) -> np.ndarray:
-        """Masks of an earlier attempt at this iteration are replayed: a repeated run is the same."""
+        """Masks of an earlier attempt at this iteration: replayed, so that a repeat is the same."""
         return self.directory.recorded_mask(batch.iteration, batch.seeds)
 
     def samples(

@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything, show the resolved config, the plan and the resources; start nothing",
+        help="check everything, show the resolved config and the plan; start nothing",
     )
     commands.add_argument(
         "overrides",
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     except TexForceError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return EXIT_ERROR
-    _print_result(config, result)
+    _print_result(result)
     return 0
 
 
@@ -114,7 +114,7 @@ def _dry_run(config: Config) -> None:
     print(f"  results go to {config.run_dir}")
 
 
-def _print_result(config: Config, result: RunResult) -> None:
+def _print_result(result: RunResult) -> None:
     """What the run gave and where it lies; the last line is one JSON object for scripts."""
     total = result.comparison.get("total", {})
     print(f"\nresults in {result.run_dir}")
@@ -134,7 +134,7 @@ def _print_result(config: Config, result: RunResult) -> None:
             "each, same prompts and seeds"
         )
     keys = ("base", "tuned", "difference", "low", "high", "images")
-    summary = {key: _rounded(total.get(key)) for key in keys}
+    summary: dict[str, object] = {key: _rounded(total.get(key)) for key in keys}
     summary |= {"seconds": round(result.seconds, 1), "run_dir": str(result.run_dir)}
     print(json.dumps(summary))
 

@@ -32,9 +32,7 @@ def _gradient(difference: float, advantage: float, clip: float, weight: float = 
 def test_loss_is_the_papers_formula(
     difference: float, advantage: float, clip: float, weight: float
 ) -> None:
-    result = ppo.clipped_loss(
-        _one(difference - 1), _one(-1.0), _one(advantage), clip, _one(weight)
-    )
+    result = ppo.clipped_loss(_one(difference - 1), _one(-1.0), _one(advantage), clip, _one(weight))
     ratio = math.exp(difference)
     expected = -weight * min(ratio * advantage, min(max(ratio, 1 - clip), 1 + clip) * advantage)
     assert float(result.loss) == pytest.approx(expected, rel=1e-9, abs=1e-12)

@@ -1,6 +1,7 @@
-"""A pool of equal actors: hands out tasks, retries them, restarts who hangs. No task waits for ever.
+"""A pool of equal actors: hands out tasks, retries them, restarts who hangs.
 
-A task goes to whichever actor is free; its result does not depend on which that is.
+A task goes to whichever actor is free; its result does not depend on which that is. Every wait
+has a deadline.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Submit = Callable[[Any], Any]  # calls a method of an actor; gives its ref or re
 
 
 class ActorPool:
-    """Equal actors behind one `run`; the driver awaits small results and keeps refs to large ones."""
+    """Equal actors behind one `run`: small results are awaited, refs to large ones are kept."""
 
     def __init__(self, name: str, actors: Sequence[Any], *, retries: int) -> None:
         self.name, self.actors, self.retries = name, list(actors), retries

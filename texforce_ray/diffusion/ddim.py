@@ -91,7 +91,8 @@ def step_mean(table: StepTable, step: Tensor, x: Tensor, prediction: Tensor) -> 
     else:
         x0 = (alpha**0.5) * x - (beta**0.5) * prediction
         epsilon = (alpha**0.5) * prediction + (beta**0.5) * x
-    direction = (1 - alpha_prev - sigma**2) ** 0.5 * epsilon
+    # Rounding makes it negative where alpha = 0 (zero terminal SNR) and eta = 1.
+    direction = (1 - alpha_prev - sigma**2).clamp(min=0) ** 0.5 * epsilon
     return alpha_prev**0.5 * x0 + direction
 
 

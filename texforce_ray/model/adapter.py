@@ -99,6 +99,8 @@ class Adapter:
         wrapped = [(n, m) for n, m in encoder.named_modules() if isinstance(m, BaseTunerLayer)]
         for name, layer in wrapped:
             encoder.set_submodule(name, layer.get_base_layer())
+        if hasattr(encoder, "peft_config"):
+            del encoder.peft_config
         self._layers = []
 
     @contextmanager
@@ -125,7 +127,7 @@ def export_adapter(snapshot: PolicySnapshot, directory: Path, base: str) -> None
     `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {k: torch.from_numpy(v) for k, v in snapshot.adapters[TEXT_ENCODER].items()}
+    weights = {k: torch.from_numpy(v.copy()) for k, v in snapshot.adapters[TEXT_ENCODER].items()}
     config = lora_config(snapshot.shape)
     config.base_model_name_or_path = base
     config.inference_mode = True

@@ -38,13 +38,15 @@ class Conditioning:
         return [t for f in fields(self) if (t := getattr(self, f.name)) is not None]
 
     def _map(self, function: Any) -> Conditioning:
-        values = (getattr(self, f.name) for f in fields(self))
-        return Conditioning(*(None if v is None else function(v) for v in values))
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        mapped: Any = {k: None if v is None else function(v) for k, v in values.items()}
+        return Conditioning(**mapped)
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        columns = zip(*([getattr(p, f.name) for f in fields(p)] for p in parts), strict=True)
-        return Conditioning(*(None if c[0] is None else torch.cat(c) for c in columns))
+        columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(Conditioning)}
+        joined: Any = {k: None if c[0] is None else torch.cat(c) for k, c in columns.items()}
+        return Conditioning(**joined)
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class Backbone:
         self.text_encoder = pipe.text_encoder.eval().requires_grad_(False)
         self.unet: UNet2DConditionModel = pipe.unet.eval().requires_grad_(False)
         self.vae: AutoencoderKL = pipe.vae.eval().requires_grad_(False)
-        self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.unet.to(memory_format=torch.channels_last)
+        self.vae.to(memory_format=torch.channels_last)
         # Any scheduler that the directory names is replaced by DDIM with the same noise schedule;
         # clipping x_0 would make the closed-form likelihood wrong.
         self.scheduler = DDIMScheduler.from_config(

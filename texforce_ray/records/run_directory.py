@@ -151,7 +151,7 @@ def check_same(before: Config, now: Config, run_dir: Path) -> None:
         raise RunDirectoryError(
             "\n".join(
                 [
-                    f"{run_dir} was run with another configuration; a resumed run must be the same:",
+                    f"{run_dir} is a run of another configuration; to resume it, keep:",
                     *lines,
                 ]
             )

@@ -105,8 +105,8 @@ class Learner:
             # Adam keeps its step counter on the CPU, the moments beside their parameter.
             device = "cpu" if name == "step" else parameter.device
             self.optimizer.state[parameter][name] = torch.from_numpy(np.array(value)).to(device)
-        for index, tensor in enumerate(self.ema):
-            tensor.copy_(torch.from_numpy(np.array(state.ema[TEXT_ENCODER][str(index)])))
+        for i, tensor in enumerate(self.ema):
+            tensor.copy_(torch.from_numpy(np.array(state.ema[TEXT_ENCODER][str(i)])))
 
     @contextmanager
     def _weights(self, weights: Sequence[Tensor]) -> Iterator[None]:
@@ -189,7 +189,7 @@ class Learner:
         log_probs = self._log_probs(batch.trajectory, pairs)
         if behaviour is not None:
             self.adapter.load(own)
-        return ppo.ratio_error(log_probs, _stored(batch.trajectory, pairs))
+        return ppo.ratio_error(log_probs.cpu(), _stored(batch.trajectory, pairs))
 
     def _proximal(
         self, batch: UpdateBatch, steps: np.ndarray, stored: Tensor

@@ -20,6 +20,7 @@ _NAMES = tuple(COLORS)
 _MIN_AREA = 28  # pixels; the smallest true form (a triangle of radius 7.5) covers about 100
 _FOREGROUND = 0.22  # RGB distance from the background colour, channels in [0, 1]
 _TEMPLATE = 32
+_SQUARE = np.ones((3, 3), dtype=bool)
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ def detect(image: np.ndarray) -> list[Found]:
     for index in range(len(_PALETTE)):
         mask = foreground & (nearest == index)
         # Opening drops the thin rims where two colours blend; a form's corners are grown back.
-        labels, count = ndimage.label(ndimage.binary_opening(mask, np.ones((3, 3))))
+        labels, count = ndimage.label(ndimage.binary_opening(mask, _SQUARE))
         for label in range(1, count + 1):
-            part = ndimage.binary_dilation(labels == label, np.ones((3, 3)), 2, mask=mask)
+            part = ndimage.binary_dilation(labels == label, _SQUARE, 2, mask=mask)
             if (area := int(part.sum())) >= _MIN_AREA:
                 found.append(_describe(pixels, ndimage.binary_fill_holes(part), part, area))
     return sorted(found, key=lambda f: -f.area)

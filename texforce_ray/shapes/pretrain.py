@@ -200,7 +200,7 @@ def _update(
 def train_vae(recipe: Recipe, work: Path) -> AutoencoderKL:
     """Stage 1: reconstruct drawings; a light KL keeps the latents near a unit Gaussian."""
     torch.manual_seed(recipe.seed)
-    vae = build_vae().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae = build_vae().to(memory_format=torch.channels_last)
     parameters = list(vae.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
     stage = _Stage(work / "vae", {"vae": vae}, optimizer)
@@ -258,7 +258,7 @@ def train_unet(
 ) -> tuple[UNet2DConditionModel, CLIPTextModel, float]:
     """Stage 3: noise prediction on noisy captions; returns EMA weights and the scaling factor."""
     torch.manual_seed(recipe.seed + 1)
-    unet = build_unet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    unet = build_unet().to(memory_format=torch.channels_last)
     text_encoder = build_text_encoder(tokenizer).train()
     mean, std = latents
     scaling = 1 / float((mean.var() + std.square().mean()).sqrt())
@@ -348,7 +348,7 @@ def main() -> None:
 
 
 def _check_recipe(recipe: Recipe, path: Path) -> None:
-    """A resumed training must be the same training; the number of steps may grow only in `steps`."""
+    """A resumed training must be the same training."""
     if not path.exists():
         path.write_text(json.dumps(asdict(recipe)))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def _merges(words: list[str]) -> list[tuple[str, str]]:
     while True:
         pairs: dict[tuple[str, str], int] = {}
         for spelling in spellings:
-            for pair in zip(spelling, spelling[1:], strict=False):
+            for pair in pairwise(spelling):
                 pairs[pair] = pairs.get(pair, 0) + 1
         if not pairs:
             return merges

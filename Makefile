@@ -1,0 +1,44 @@
+# Everything here works on a machine with Python 3.11 and pip; nothing is installed outside this folder.
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+UV := PYTHONPATH=.tools $(PYTHON) -m uv
+PY := .venv/bin/python
+RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: help setup demo test test-slow lint types check bench clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: .venv/.ready  ## make the environment in .venv
+
+.venv/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}: use make PYTHON=python3.11 ...")'
+	@test -d .tools/uv || $(PYTHON) -m pip install --quiet --disable-pip-version-check --target .tools uv==$(UV_VERSION)
+	@test -x $(PY) || $(UV) venv --quiet --python $(PYTHON) .venv
+	@echo "installing packages (a few GB the first time) ..."
+	@$(UV) pip install --quiet --python $(PY) --editable . --group dev
+	@touch $@
+
+demo: setup  ## train on the embedded pipeline, compare base and tuned images (minutes, no GPU)
+	@$(PY) -m texforce_ray.run --config configs/shapes.yaml run_dir=$(RUN_DIR)
+
+test: setup  ## all tests but the slow ones
+	@$(PY) -m pytest -m "not slow and not gpu and not weights"
+
+test-slow: setup  ## the minutes-long proofs too
+	@$(PY) -m pytest -m "not gpu and not weights"
+
+lint: setup  ## ruff
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+types: setup  ## mypy
+	@.venv/bin/mypy
+
+check: lint types test  ## what CI runs
+
+bench: setup  ## measurements; results in benchmarks/results/
+	@$(PY) benchmarks/overlap.py
+
+clean:  ## remove the environment and caches; runs/ stays
+	rm -rf .venv .tools .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,124 @@
+"""What a whole run promises: its files, its numerics, the same bits whoever computes them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.system.conftest import SMOKE, Finished, finish, kill_after_checkpoint, resume, run, start
+
+
+def test_a_run_leaves_everything_that_is_promised(plain: Finished) -> None:
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "report.html",
+        "samples/iteration-00000.parquet",
+        "images/step-00003.png",
+        "evaluation/summary.json",
+        "evaluation/comparison.png",
+        "checkpoints/step-00003/COMPLETE.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/pytorch_lora_weights.safetensors",
+        "adapter/README.md",
+    ):
+        assert (plain.directory / name).is_file(), name
+    assert list((plain.directory / "tensorboard").iterdir())
+
+
+def test_the_last_line_is_one_json_object(plain: Finished) -> None:
+    summary = plain.summary
+    assert summary.keys() >= {"base", "tuned", "difference", "low", "high", "images", "seconds"}
+    assert summary["run_dir"] == str(plain.directory)
+    assert summary["low"] <= summary["difference"] <= summary["high"]
+
+
+@pytest.mark.parametrize("which", ["plain", "pipelined"])
+def test_learner_and_sampler_agree_in_every_iteration(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    metrics = request.getfixturevalue(which).metrics
+    assert [m["iteration"] for m in metrics] == [0, 1, 2]
+    assert all(m["ppo/ratio_error_first_pass"] <= 1e-5 for m in metrics), metrics
+
+
+def test_staleness_follows_the_config_alone(plain: Finished, pipelined: Finished) -> None:
+    assert [m["staleness"] for m in plain.metrics] == [0, 0, 0]
+    assert [m["staleness"] for m in pipelined.metrics] == [0, 1, 1]
+
+
+def test_three_rollout_actors_give_the_bits_of_one(plain: Finished, tmp_path: Path) -> None:
+    three = run(tmp_path / "run", "rollout.num_workers=3", "rollout.num_cpus=0.25")
+    assert three.samples() == plain.samples()
+    assert three.adapter() == plain.adapter()
+
+
+@pytest.mark.parametrize("which", ["plain", "pipelined"])
+def test_kill_9_and_resume_give_the_bits_of_no_interruption(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    uninterrupted: Finished = request.getfixturevalue(which)
+    overrides = ("max_staleness=1",) if which == "pipelined" else ()
+    directory = tmp_path / "run"
+    kill_after_checkpoint(directory, 2, *overrides)
+    resumed = resume(directory)
+    assert resumed.samples() == uninterrupted.samples()
+    assert resumed.adapter() == uninterrupted.adapter()
+    assert [m["iteration"] for m in resumed.metrics] == [0, 1, 2]
+
+
+def test_a_logged_sample_can_be_drawn_again_by_the_stock_pipeline(
+    plain: Finished, tmp_path: Path
+) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from texforce_ray.model.adapter import export_adapter
+    from texforce_ray.model.backbone import EMBEDDED
+    from texforce_ray.records.checkpoint import checkpoint_path, load_checkpoint
+    from texforce_ray.rewards.jpeg import JpegIncompressibility
+
+    rows = pq.read_table(plain.directory / "samples" / "iteration-00002.parquet").to_pylist()[:4]
+    snapshot = load_checkpoint(checkpoint_path(plain.directory, 2)).snapshots[-1]
+    assert {row["policy_version"] for row in rows} == {snapshot.version} == {2}
+    export_adapter(snapshot, tmp_path / "adapter", "embedded")
+    pipe = StableDiffusionPipeline.from_pretrained(EMBEDDED)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(tmp_path / "adapter")
+    images = pipe(
+        [row["prompt"] for row in rows],
+        num_inference_steps=4,
+        eta=1.0,
+        guidance_scale=2.0,
+        generator=[torch.Generator("cpu").manual_seed(row["seed"]) for row in rows],
+        output_type="np",
+    ).images
+    sizes = JpegIncompressibility().score(np.round(images * 255).astype(np.uint8), [], [])
+    logged = [row["reward_jpeg_incompressibility"] for row in rows]
+    # One level in one pixel changes a file's size by some bytes, another image by hundreds.
+    assert np.abs(np.array(sizes) - logged).max() < 0.03
+
+
+def test_sigterm_leaves_a_checkpoint_and_a_way_to_go_on(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    process = start(
+        "--config", "configs/smoke.yaml", f"run_dir={directory}", *SMOKE, "iterations=500",
+        "checkpoint.every=1000", "eval.every=0",
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not (directory / "samples" / "iteration-00002.parquet").exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    stopped = finish(process, directory, timeout=60)
+    assert stopped.code == 130
+    assert f"--resume {directory}" in stopped.output
+    assert "Traceback" not in stopped.output
+    assert list((directory / "checkpoints").glob("step-*/COMPLETE.json"))
