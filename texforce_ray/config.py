@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -413,7 +413,8 @@ def load_config(
                 raise ConfigError(f"override {override!r} should look like key.sub=value")
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(_listed(tree, overrides)))
         values = OmegaConf.to_container(tree, resolve=True)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+    except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
+        # OmegaConf lets some of Python's own errors through, e.g. for `seed=0x_`.
         raise ConfigError(
             f"cannot read config {path or ''} {' '.join(overrides)}: {error}"
         ) from None
@@ -446,8 +447,22 @@ def make_config(values: Any) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = [_explain(problem) for problem in _causes(error.errors())]
         raise ConfigError("\n".join(["the configuration is wrong:", *lines])) from None
+
+
+def _causes(problems: Sequence[Any]) -> list[Any]:
+    """Without complaints about a list whose entries are wrong: they follow from those."""
+    return [
+        problem
+        for problem in problems
+        if problem["type"] != "too_short"
+        or not any(
+            other["loc"][: len(problem["loc"])] == problem["loc"]
+            for other in problems
+            if other is not problem
+        )
+    ]
 
 
 def _explain(problem: Any) -> str:
@@ -465,20 +480,29 @@ def _explain(problem: Any) -> str:
 def _did_you_mean(key: str) -> str:
     import difflib
 
+    parts = key.split(".")
+    plain = ".".join(part for part in parts if not part.isdigit())
     known = [".".join(path) for path in field_paths(Config)]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
     if not close:
-        last = key.rpartition(".")[2]
+        last = parts[-1]
         close = [k for k in known if k.rpartition(".")[2] == last][:1]
-    return f"; did you mean {close[0]}?" if close else "; see --help-config for all keys"
+    if not close:
+        return "; see --help-config for all keys"
+    meant = close[0].split(".")
+    for position, part in enumerate(parts):
+        if part.isdigit() and meant[:position] == parts[:position]:
+            meant.insert(position, part)
+    return f"; did you mean {'.'.join(meant)}?"
 
 
 def field_paths(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Dotted paths of all fields, parents before children."""
+    """Dotted paths of all fields, parents before children; entries of lists without an index."""
     for name, field in model.model_fields.items():
         yield (*prefix, name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from field_paths(field.annotation, (*prefix, name))
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from field_paths(part, (*prefix, name))
 
 
 def _similar_configs(path: str | Path) -> str:

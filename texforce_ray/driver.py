@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import signal
-import threading
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -23,17 +19,17 @@ from texforce_ray.actors.crew import Crew, connect
 from texforce_ray.collect import ScoredBatch, check_masked, collect, plan_units
 from texforce_ray.config import Config, resolve_run_dir
 from texforce_ray.errors import CheckpointError, Interrupted
-from texforce_ray.evaluation import Evaluation, compare, evaluate
+from texforce_ray.evaluation import compare, evaluate
+from texforce_ray.model.location import locate_model
 from texforce_ray.policy import Policy
 from texforce_ray.prompts import Prompt, load_prompts
 from texforce_ray.recorder import Recorder
-from texforce_ray.records.checkpoint import newest_checkpoint
+from texforce_ray.records.checkpoint import Checkpoint, checkpoints, newest_checkpoint
 from texforce_ray.records.progress import Progress
 from texforce_ray.records.run_directory import RunDirectory
 from texforce_ray.rewards import resolve
 from texforce_ray.rl.baseline import Baseline
-
-log = logging.getLogger(__name__)
+from texforce_ray.signals import cancel_on_signal
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,18 @@ class RunResult:
     comparison: dict[str, dict[str, float]]
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What every part of a run needs."""
+
+    config: Config
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    crew: Crew
+    recorder: Recorder
+    progress: Progress
+
+
 def train(config: Config, *, resume: bool = False) -> RunResult:
     """Run a configuration to its end; the same as `python -m texforce_ray.run`.
 
@@ -58,7 +66,7 @@ def train(config: Config, *, resume: bool = False) -> RunResult:
         resume: continue the run in `config.run_dir` from its newest whole checkpoint.
 
     Raises:
-        TexForceError: anything that a user can act on; Interrupted after SIGINT or SIGTERM.
+        TexForceError: anything that a user can act on; `Interrupted` after SIGINT or SIGTERM.
     """
     config = resolve_run_dir(config)
     check_inputs(config)
@@ -66,90 +74,31 @@ def train(config: Config, *, resume: bool = False) -> RunResult:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(_train(config, resume))
-    # Inside a notebook a loop runs already; ours gets a thread of its own.
-    box: list[Any] = []
-    thread = threading.Thread(target=lambda: box.append(asyncio.run(_train(config, resume))))
-    thread.start()
-    thread.join()
-    if not box:
-        raise RuntimeError("the run failed; its error stands above")
-    return box[0]
+    # A notebook runs a loop of its own, in which ours cannot be started.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: asyncio.run(_train(config, resume))).result()
 
 
 def check_inputs(config: Config) -> tuple[list[Prompt], list[Prompt]]:
     """Training and evaluation prompts; fails before anything is started if an input is wrong."""
+    locate_model(config.model.path)
     for reward in config.rewards:
         resolve(reward.name, reward.target)
-    train_prompts = load_prompts(config.prompts.train)
-    return train_prompts, load_prompts(
-        config.eval.prompts
-    ) if config.eval.prompts else train_prompts
+    prompts = load_prompts(config.prompts.train)
+    return prompts, load_prompts(config.eval.prompts) if config.eval.prompts else prompts
 
 
-async def _train(config: Config, resume: bool) -> RunResult:
-    began = time.monotonic()
-    prompts, eval_prompts = check_inputs(config)
-    checkpoint = newest_checkpoint(Path(config.run_dir)) if resume else None
-    if resume and checkpoint is None and list(Path(config.run_dir).glob("checkpoints/step-*")):
-        raise CheckpointError(f"no checkpoint in {config.run_dir} is whole; nothing to resume from")
-    start = checkpoint.iteration if checkpoint else 0
-    directory = RunDirectory.reopen(config, start) if resume else RunDirectory.create(config)
-    started_ray = connect(config)
-    crew = Crew(config)
-    recorder = Recorder(config, directory)
-    try:
-        with _stop_on_signal(), Progress(config.iterations, start) as progress:
-            progress.message(f"run directory: {directory.path}")
-            progress.message("starting actors (imports take a moment) ...")
-            await crew.ready()
-            await _warn_truncated(crew, prompts, progress)
-            policy = await Policy.start(crew, config, checkpoint)
-            baseline = Baseline(config, checkpoint.prompt_statistics if checkpoint else {})
-            try:
-                await _iterate(
-                    config, crew, policy, baseline, prompts, eval_prompts, recorder, progress
-                )
-            except asyncio.CancelledError:
-                await recorder.checkpoint(policy, baseline)
-                raise Interrupted(
-                    f"stopped after {policy.version} of {config.iterations} iterations; continue "
-                    f"with: python -m texforce_ray.run --resume {directory.path}"
-                ) from None
-            comparison = await _finish(config, crew, policy, eval_prompts, recorder, progress)
-        return RunResult(
-            directory.path,
-            directory.path / "adapter",
-            policy.version,
-            time.monotonic() - began,
-            comparison,
-        )
-    finally:
-        directory.close()
-        crew.close()
-        if started_ray:
-            ray.shutdown()
-
-
-async def _iterate(
-    config: Config,
-    crew: Crew,
-    policy: Policy,
-    baseline: Baseline,
-    prompts: list[Prompt],
-    eval_prompts: list[Prompt],
-    recorder: Recorder,
-    progress: Progress,
-) -> None:
+async def _iterate(run: _Run, policy: Policy, baseline: Baseline) -> None:
     """Sample, score, update, publish; with k = 1 the next iteration is sampled meanwhile."""
+    config, crew, recorder = run.config, run.crew, run.recorder
     under_way: dict[int, asyncio.Task[ScoredBatch]] = {}
     try:
         for iteration in range(policy.version, config.iterations):
             recorder.start_iteration()
-            for ahead in range(
-                iteration, min(iteration + config.max_staleness + 1, config.iterations)
-            ):
+            furthest = min(iteration + config.max_staleness, config.iterations - 1)
+            for ahead in range(iteration, furthest + 1):
                 if ahead not in under_way:
-                    units = plan_units(config, prompts, ahead)
+                    units = plan_units(config, run.prompts, ahead)
                     snapshot = policy.snapshots[units[0].policy_version]
                     under_way[ahead] = asyncio.ensure_future(collect(crew, units, snapshot))
             with recorder.phase("rollout_wait"):
@@ -160,66 +109,100 @@ async def _iterate(
             recorder.samples(batch, mask, total, advantages)
             with recorder.phase("update"):
                 update = await policy.update(crew, batch, advantages, mask)
-            if config.eval.every and (iteration + 1) % config.eval.every == 0:
+            if config.eval.every and policy.version % config.eval.every == 0:
                 with recorder.phase("evaluation"):
-                    result = await evaluate(
-                        crew, eval_prompts, config.eval.images, policy.evaluated
-                    )
-                recorder.evaluation(policy.version, result)
+                    await _evaluate(run, policy)
             await recorder.iteration(batch, mask, total, advantages, update, policy, baseline, crew)
-            progress.update(iteration + 1, recorder.reward, recorder.samples_per_second)
+            run.progress.update(policy.version, recorder.reward, recorder.samples_per_second)
     finally:
         for task in under_way.values():
             task.cancel()
 
 
-async def _finish(
-    config: Config,
-    crew: Crew,
-    policy: Policy,
-    eval_prompts: list[Prompt],
-    recorder: Recorder,
-    progress: Progress,
-) -> dict[str, dict[str, float]]:
+async def _evaluate(run: _Run, policy: Policy) -> None:
+    """Scores and a grid of held-out prompts or seeds, the same ones every time."""
+    result = await evaluate(run.crew, run.eval_prompts, run.config.eval.images, policy.evaluated)
+    run.recorder.evaluation(policy.version, result)
+
+
+async def _finish(run: _Run, policy: Policy) -> dict[str, dict[str, float]]:
     """Final adapter, comparison of base and tuned, report."""
-    results: tuple[Evaluation, Evaluation] | None = None
-    comparison: dict[str, dict[str, float]] = {}
-    if config.eval.final_images:
-        progress.message(f"comparing base and tuned on {config.eval.final_images} images ...")
-        base = await evaluate(crew, eval_prompts, config.eval.final_images, [])
-        tuned = await evaluate(crew, eval_prompts, config.eval.final_images, policy.evaluated)
+    config, crew = run.config, run.crew
+    results, comparison = None, {}
+    if count := config.eval.final_images:
+        run.progress.message(f"comparing base and tuned on {count} images each ...")
+        base = await evaluate(crew, run.eval_prompts, count, [])
+        tuned = await evaluate(crew, run.eval_prompts, count, policy.evaluated)
         comparison = compare([reward.key for reward in config.rewards], base, tuned)
         results = base, tuned
-    files = await crew.export(policy.evaluated)
-    recorder.finish(files, comparison, results)
+    run.recorder.finish(await crew.export(policy.evaluated), comparison, results)
     return comparison
 
 
-async def _warn_truncated(crew: Crew, prompts: list[Prompt], progress: Progress) -> None:
-    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
-    if count := await crew.count_truncated(texts):
-        progress.message(
-            f"warning: {count} of {len(texts)} prompts are longer than the text encoder's limit; "
+async def _train(config: Config, resume: bool) -> RunResult:
+    """Everything around the loop: start, restore, stop, clean up."""
+    began = time.monotonic()
+    prompts, eval_prompts = check_inputs(config)
+    checkpoint = _restore(config) if resume else None
+    with contextlib.ExitStack() as cleanup:
+        directory = (
+            RunDirectory.reopen(config, checkpoint.iteration if checkpoint else 0)
+            if resume
+            else RunDirectory.create(config)
+        )
+        cleanup.callback(directory.close)
+        if connect(config):
+            cleanup.callback(ray.shutdown)
+        cleanup.enter_context(cancel_on_signal())
+        crew = Crew(config)
+        cleanup.callback(crew.close)
+        start = checkpoint.iteration if checkpoint else 0
+        progress = cleanup.enter_context(Progress(config.iterations, start))
+        run = _Run(config, prompts, eval_prompts, crew, Recorder(config, directory), progress)
+        policy, baseline = (
+            None,
+            Baseline(config, checkpoint.prompt_statistics if checkpoint else {}),
+        )
+        try:
+            policy = await _start(run, checkpoint)
+            await _iterate(run, policy, baseline)
+            comparison = await _finish(run, policy)
+        except asyncio.CancelledError:
+            done = 0 if policy is None else policy.version
+            if policy is not None:
+                await run.recorder.checkpoint(policy, baseline)
+            raise Interrupted(
+                f"stopped after {done} of {config.iterations} iterations; continue with: "
+                f"python -m texforce_ray.run --resume {directory.path}"
+            ) from None
+        seconds = time.monotonic() - began
+        adapter = directory.path / "adapter"
+        return RunResult(directory.path, adapter, policy.version, seconds, comparison)
+
+
+def _restore(config: Config) -> Checkpoint | None:
+    checkpoint = newest_checkpoint(Path(config.run_dir))
+    if checkpoint is None and checkpoints(Path(config.run_dir)):
+        raise CheckpointError(
+            f"no checkpoint in {config.run_dir}/checkpoints is whole; move that folder away to "
+            "start from the beginning"
+        )
+    return checkpoint
+
+
+async def _start(run: _Run, checkpoint: Checkpoint | None) -> Policy:
+    """Wait for the actors, publish the first version, look at the base model."""
+    run.progress.message(f"run directory: {run.config.run_dir}")
+    run.progress.message("starting actors (their imports take a moment) ...")
+    await run.crew.ready()
+    texts = list(dict.fromkeys(prompt.text for prompt in run.prompts))
+    if cut := await run.crew.count_truncated(texts):
+        run.progress.message(
+            f"warning: {cut} of {len(texts)} prompts are longer than the text encoder's limit; "
             "their ends are cut off"
         )
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[None]:
-    """SIGINT and SIGTERM cancel the run, which then leaves a checkpoint behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-    signals = (signal.SIGINT, signal.SIGTERM)
-    # After ray.init(), which puts a handler of its own in place.
-    previous = {number: signal.getsignal(number) for number in signals}
-    for number in signals:
-        loop.add_signal_handler(number, task.cancel)
-    try:
-        yield
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)
-            signal.signal(number, previous[number])
+    policy = await Policy.start(run.crew, run.config, checkpoint)
+    if policy.version == 0 and run.config.eval.every:
+        await _evaluate(run, policy)
+        run.progress.message(f"base model: evaluation reward {run.recorder.evaluated:.3f}")
+    return policy

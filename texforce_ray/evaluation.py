@@ -111,7 +111,10 @@ def paired_difference(base: np.ndarray, tuned: np.ndarray, seed: int = 0) -> dic
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile-bootstrap interval of the mean of float64 [N]."""
+    """95 % percentile-bootstrap interval of the mean of float64 [N], NaN left out."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return float("nan"), float("nan")
     rng = randomness.generator(seed, randomness.BOOTSTRAP)
     picks = rng.integers(len(values), size=(_RESAMPLES, len(values)))
     low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])

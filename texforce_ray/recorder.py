@@ -35,6 +35,7 @@ class Recorder:
         self.names = [reward.key for reward in config.rewards]
         self.reward: float | None = None
         self.samples_per_second: float | None = None
+        self.evaluated = float("nan")
         self._best: float | None = None
         self._evaluation: dict[str, float] = {}
         self.start_iteration()
@@ -72,8 +73,10 @@ class Recorder:
     def evaluation(self, version: int, result: Evaluation) -> None:
         """Scores and grid of an evaluation in the run."""
         means = result.means(self.names)
-        self._evaluation = {f"eval/{name}": value for name, value in means.items()}
-        self._best = means["total"]
+        self.evaluated = means["total"]
+        if version > 0:  # the base model is no checkpoint
+            self._evaluation = {f"eval/{name}": value for name, value in means.items()}
+            self._best = self.evaluated
         shown = len(result.shown)
         self.directory.write_grid(
             version, result.shown, result.prompts[:shown], result.total[:shown]

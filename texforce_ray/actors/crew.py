@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -196,6 +197,17 @@ class Crew:
             "adapter export", lambda actor: actor.export.remote(list(policy)), 300.0
         )
         return files
+
+    async def load_adapter(self, directory: Path) -> ray.ObjectRef:
+        """A snapshot ref of an exported adapter."""
+        _, (snapshot,) = await self.rollouts.run(
+            f"loading {directory}",
+            lambda actor: actor.load_adapter.options(num_returns=2).remote(
+                str(directory.absolute())
+            ),
+            300.0,
+        )
+        return snapshot
 
     async def count_truncated(self, prompts: Sequence[str]) -> int:
         """How many prompts are longer than the encoder's limit."""

@@ -93,6 +93,12 @@ class RolloutActor:
             export_adapter(ray.get(policy[0]), Path(folder), self.config.model.path)
             return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
 
+    def load_adapter(self, directory: str) -> tuple[None, PolicySnapshot]:
+        """Read an exported adapter that this actor's node can see."""
+        from texforce_ray.model.adapter import read_adapter
+
+        return None, read_adapter(Path(directory))
+
     def _pull(self, policy: Sequence[ObjectRef]) -> None:
         """Load the task's policy, if it is not the loaded one: a restarted actor heals itself."""
         import ray

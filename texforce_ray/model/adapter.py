@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -149,7 +150,7 @@ def read_adapter(directory: Path) -> PolicySnapshot:
     """Read an exported adapter directory (PEFT's files) back.
 
     Raises:
-        ConfigError: the directory does not hold a LoRA adapter.
+        ConfigError: the directory does not hold a LoRA adapter, or a damaged one.
     """
     weights = directory / "adapter_model.safetensors"
     if not weights.is_file() or not (directory / "adapter_config.json").is_file():
@@ -157,10 +158,11 @@ def read_adapter(directory: Path) -> PolicySnapshot:
             f"{directory} is not an adapter: it should hold adapter_config.json and "
             "adapter_model.safetensors"
         )
-    config = LoraConfig.from_pretrained(str(directory))
-    tensors = {
-        k.removeprefix("base_model.model."): v.numpy() for k, v in load_file(weights).items()
-    }
+    try:
+        config, loaded = LoraConfig.from_pretrained(str(directory)), load_file(weights)
+    except (OSError, TypeError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{directory} holds a damaged adapter: {error}") from error
+    tensors = {k.removeprefix("base_model.model."): v.float().numpy() for k, v in loaded.items()}
     targets = tuple(sorted(config.target_modules or ()))
     shape = LoraShape(config.r, float(config.lora_alpha), targets)
     return PolicySnapshot(0, shape, {TEXT_ENCODER: tensors})

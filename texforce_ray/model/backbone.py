@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +13,9 @@ from torch import Tensor
 
 from texforce_ray.config import ModelConfig
 from texforce_ray.errors import ConfigError
+from texforce_ray.model.location import locate_model
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-EMBEDDED = Path(__file__).parent.parent / "shapes" / "weights"
 
 
 @dataclass(frozen=True)
@@ -128,16 +126,7 @@ def load_backbone(
     Raises:
         ConfigError: nothing there, or not a pipeline of a supported kind.
     """
-    location = EMBEDDED if path == "embedded" else path
-    index = Path(location) / "model_index.json"
-    if index.is_file():
-        kind = json.loads(index.read_text()).get("_class_name")
-        if kind != "StableDiffusionPipeline":
-            raise ConfigError(
-                f"model.path: {path} holds a {kind}; supported is StableDiffusionPipeline"
-            )
-    elif Path(location).exists() or str(location).startswith((".", "/", "~")):
-        raise ConfigError(f"model.path: {path} is not a diffusers pipeline (no model_index.json)")
+    location = locate_model(path)
     try:
         pipe = StableDiffusionPipeline.from_pretrained(
             location,

@@ -63,8 +63,13 @@ def _record(item: Any, column: str, path: str, index: int) -> Record:
     return str(item[column] or "").strip(), rest
 
 
+def _lines(file: Path) -> list[str]:
+    # Not splitlines(): JSON texts may hold U+2028 and other characters that it splits at.
+    return file.read_text(encoding="utf-8-sig").split("\n")
+
+
 def _txt(file: Path) -> list[Any]:
-    return list(file.read_text(encoding="utf-8-sig").splitlines())
+    return [*_lines(file)]
 
 
 def _json(file: Path) -> list[Any]:
@@ -75,8 +80,7 @@ def _json(file: Path) -> list[Any]:
 
 
 def _jsonl(file: Path) -> list[Any]:
-    lines = file.read_text(encoding="utf-8-sig").splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
+    return [json.loads(line) for line in _lines(file) if line.strip()]
 
 
 def _csv(file: Path) -> list[Any]:

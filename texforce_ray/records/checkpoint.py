@@ -109,7 +109,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole; damaged ones are named in a warning and passed over."""
-    for path in sorted(_steps(run_dir), reverse=True):
+    for path in sorted(checkpoints(run_dir), reverse=True):
         try:
             return load_checkpoint(path)
         except CheckpointError as error:
@@ -133,7 +133,7 @@ def prune(run_dir: Path, keep_last: int) -> None:
     """Delete all but the newest `keep_last` checkpoints and the best one."""
     best = read_best(run_dir)
     keep = {best["iteration"]} if best else set()
-    for path in sorted(_steps(run_dir), reverse=True)[keep_last:]:
+    for path in sorted(checkpoints(run_dir), reverse=True)[keep_last:]:
         if int(path.name.partition("-")[2]) not in keep:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -157,7 +157,8 @@ def read_best(run_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-def _steps(run_dir: Path) -> list[Path]:
+def checkpoints(run_dir: Path) -> list[Path]:
+    """All checkpoint directories, whole or not."""
     found = (run_dir / "checkpoints").glob("step-*")
     return [path for path in found if path.name.partition("-")[2].isdigit()]
 

@@ -1,0 +1,33 @@
+"""Rewards as users might write them, well and badly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+class Redness:
+    """Fails on the first call of every batch; cannot score the first image of each."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+
+    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> list:
+        key = hash(images.tobytes())
+        if key not in self.seen:
+            self.seen.add(key)
+            raise ConnectionError("first calls always fail")
+        red = images[..., 0].astype(float) - images[..., 1:].mean(-1)
+        return [float("nan"), *red.mean(axis=(1, 2))[1:]]
+
+
+class NoScore:
+    """Lacks the one method."""
+
+
+class Broken:
+    """Raises for ever."""
+
+    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> list:
+        raise OSError("the scoring service is down")

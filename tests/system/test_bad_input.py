@@ -1,0 +1,131 @@
+"""Every wrong input: one clear error, a non-zero exit, nothing started, nothing damaged."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import REPO, Finished, finish, start
+
+SMOKE = ("--config", "configs/smoke.yaml")
+
+
+def fails(*arguments: str, directory: Path, timeout: float = 60) -> str:
+    """The error that the command ends with; checks how it ends."""
+    finished = finish(start(*arguments), directory, timeout)
+    assert finished.code == 1, finished.output
+    assert "Traceback" not in finished.output, finished.output
+    assert len(re.findall(r"^error: ", finished.output, re.MULTILINE)) == 1
+    return finished.output.partition("\nerror: ")[2] or finished.output
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["rollout.bacth_size=3"], ["rollout.bacth_size", "rollout.batch_size"]),
+        (["iterations=many"], ["iterations", "many"]),
+        (["rollout.batch_size=3"], ["rollout.batch_size", "3", "8 samples", "1, 2, 4, 8"]),
+        (["prompts.train={path: nowhere.txt}"], ["nowhere.txt", "does not exist"]),
+        (["prompts.train={path: EMPTY}"], ["empty.txt", "no prompts"]),
+        (["prompts.train={set: animalz}"], ["animalz", "shapes"]),
+        (["rewards=[{name: beauty}]"], ["beauty", "jpeg_compressibility"]),
+        (["run_dir=FILE/run"], ["FILE"]),
+        (["run_dir=/proc/texforce"], ["/proc/texforce"]),
+    ],
+)
+def test_wrong_config(overrides: list[str], expected: list[str], tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "file").write_text("precious")
+    names = {"EMPTY": str(tmp_path / "empty.txt"), "FILE": str(tmp_path / "file")}
+
+    def filled(text: str) -> str:
+        for key, value in names.items():
+            text = text.replace(key, value)
+        return text
+
+    first = () if any("run_dir" in o for o in overrides) else (f"run_dir={tmp_path / 'run'}",)
+    error = fails(*SMOKE, *first, *map(filled, overrides), directory=tmp_path)
+    for part in expected:
+        assert filled(part) in error
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_no_such_config_file(tmp_path: Path) -> None:
+    error = fails("--config", "configs/shape.yaml", directory=tmp_path)
+    assert "configs/shape.yaml does not exist" in error
+    assert "shapes.yaml" in error
+
+
+def test_resume_from_what_is_not_a_run(tmp_path: Path) -> None:
+    assert "is not a run" in fails("--resume", str(tmp_path), directory=tmp_path)
+
+
+def test_resume_with_another_config_names_the_difference(plain: Finished) -> None:
+    before = (plain.directory / "config.yaml").read_bytes()
+    error = fails("--resume", str(plain.directory), "seed=9", directory=plain.directory)
+    assert "seed: was 0, now 9" in error
+    assert (plain.directory / "config.yaml").read_bytes() == before
+
+
+def test_a_directory_that_holds_a_run_is_not_overwritten(plain: Finished) -> None:
+    before = (plain.directory / "metrics.jsonl").read_bytes()
+    error = fails(*SMOKE, f"run_dir={plain.directory}", directory=plain.directory)
+    assert "already holds a run" in error
+    assert "--resume" in error
+    assert (plain.directory / "metrics.jsonl").read_bytes() == before
+
+
+def test_relative_run_directory_under_a_ray_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    error = fails(*SMOKE, "run_dir=runs/x", directory=tmp_path)
+    assert "run_dir" in error
+    assert "absolute" in error
+
+
+def test_no_room_is_said_at_once(tmp_path: Path) -> None:
+    began = time.monotonic()
+    error = fails(
+        *SMOKE, f"run_dir={tmp_path / 'run'}", "rollout.num_workers=2", "rollout.num_gpus=1",
+        "ray.resource_timeout_s=3", directory=tmp_path,
+    )  # fmt: skip
+    assert "GPU: asked 2" in error
+    assert "cluster has 0" in error
+    assert time.monotonic() - began < 30
+
+
+def test_model_path_that_is_no_pipeline(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    error = fails(
+        *SMOKE, f"run_dir={tmp_path / 'run'}", f"model.path={tmp_path / 'model'}",
+        directory=tmp_path,
+    )  # fmt: skip
+    assert "model.path" in error
+    assert "model_index.json" in error
+
+
+def test_help_is_fast_and_needs_no_heavy_import() -> None:
+    import sys
+
+    began = time.monotonic()
+    output = subprocess.run(
+        [sys.executable, "-m", "texforce_ray.run", "--help"],
+        cwd=REPO, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert time.monotonic() - began < 2  # in under a second on an idle machine
+    assert "--resume" in output
+    assert "--dry-run" in output
+
+
+def test_dry_run_starts_nothing(tmp_path: Path) -> None:
+    finished = finish(start(*SMOKE, "--dry-run", f"run_dir={tmp_path / 'run'}"), tmp_path, 60)
+    assert finished.code == 0
+    assert "plan:" in finished.output
+    assert "rollout" in finished.output
+    assert not (tmp_path / "run").exists()
