@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 
 from texforce_ray import train
-from texforce_ray.config import load_config
+from texforce_ray.config_io import load_config
 from texforce_ray.records.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -35,8 +35,13 @@ WORK = (
 def measure(staleness: int, iterations: int, overrides: list[str], folder: Path) -> dict:
     config = load_config(
         ROOT / "configs" / "shapes.yaml",
-        [*WORK, f"max_staleness={staleness}", f"iterations={iterations}", *overrides]
-        + [f"run_dir={folder / f'k{staleness}'}"],
+        [
+            *WORK,
+            f"max_staleness={staleness}",
+            f"iterations={iterations}",
+            f"run_dir={folder / f'k{staleness}'}",
+            *overrides,
+        ],
     )
     train(config)
     lines = read_metrics(Path(config.run_dir))[1:-1]
@@ -68,7 +73,8 @@ def main() -> None:
         "| max_staleness | share of time the learner waits | samples/s |",
         "| --- | --- | --- |",
         *(
-            f"| {r['max_staleness']} | {r['learner_wait_share']:.1%} | {r['samples_per_second']:.1f} |"
+            f"| {r['max_staleness']} | {r['learner_wait_share']:.1%} "
+            f"| {r['samples_per_second']:.1f} |"
             for r in rows
         ),
         "",

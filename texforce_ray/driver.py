@@ -17,7 +17,8 @@ import ray
 
 from texforce_ray.actors.crew import Crew, connect
 from texforce_ray.collect import ScoredBatch, check_masked, collect, plan_units
-from texforce_ray.config import Config, resolve_run_dir
+from texforce_ray.config import Config
+from texforce_ray.config_io import resolve_run_dir
 from texforce_ray.errors import CheckpointError, Interrupted
 from texforce_ray.evaluation import compare, evaluate
 from texforce_ray.model.location import locate_model

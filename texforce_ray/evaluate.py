@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _configure(options: argparse.Namespace) -> tuple[Config, dict[str, Path]]:
-    from texforce_ray.config import load_config
+    from texforce_ray.config_io import load_config
 
     if options.images < 1:
         raise ConfigError(f"--images: {options.images} should be at least 1")

@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="check everything, show the resolved config and the plan; start nothing",
     )
+    commands.add_argument("--help-config", action="store_true", help="explain every key and exit")
     commands.add_argument(
         "overrides",
         nargs="*",
@@ -49,6 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     commands = parser()
     options = commands.parse_intermixed_args(arguments)
+    if options.help_config:
+        from texforce_ray.config_help import describe
+
+        print(describe())
+        return 0
     if options.config is None and options.resume is None:
         commands.error("give --config FILE, or --resume RUN_DIR")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -74,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _configure(file: Path | None, resume: Path | None, overrides: list[str]) -> Config:
-    from texforce_ray.config import load_config
+    from texforce_ray.config_io import load_config
     from texforce_ray.records.run_directory import check_same, read_config
 
     if resume is None:
@@ -88,7 +94,7 @@ def _configure(file: Path | None, resume: Path | None, overrides: list[str]) -> 
 
 def _dry_run(config: Config) -> None:
     from texforce_ray.actors.placement import requests, totals
-    from texforce_ray.config import resolve_run_dir, to_yaml
+    from texforce_ray.config_io import resolve_run_dir, to_yaml
     from texforce_ray.driver import check_inputs
 
     config = resolve_run_dir(config)

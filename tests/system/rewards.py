@@ -31,3 +31,31 @@ class Broken:
 
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> list:
         raise OSError("the scoring service is down")
+
+
+class Counting:
+    """Scores each image by how many came with it."""
+
+    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> list:
+        return [float(len(images))] * len(images)
+
+
+class TooFew:
+    """Forgets an image."""
+
+    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> list:
+        return [0.0] * (len(images) - 1)
+
+
+class Infinite:
+    """Divides by zero."""
+
+    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> list:
+        return [float("inf")] * len(images)
+
+
+class Words:
+    """Answers in prose."""
+
+    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> list:
+        return ["good"] * len(images)

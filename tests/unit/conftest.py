@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from hypothesis import settings
 
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.backbone import Backbone, load_backbone
+
+# The same examples at every run, and no deadline: other work may share the machine.
+settings.register_profile("unit", deadline=None, derandomize=True, database=None)
+settings.load_profile("unit")
 
 LoadStock = Callable[[], StableDiffusionPipeline]
 StockImages = Callable[..., np.ndarray]

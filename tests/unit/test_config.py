@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from texforce_ray.config import (
-    Config,
-    field_paths,
-    load_config,
-    make_config,
-    resolve_run_dir,
-    to_yaml,
-)
+from texforce_ray.config import Config, field_paths
+from texforce_ray.config_io import load_config, make_config, resolve_run_dir, to_yaml
 from texforce_ray.errors import ConfigError
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
@@ -71,6 +66,7 @@ def test_every_wrong_key_is_reported_at_once() -> None:
         ("optimizer.lr=.nan", "optimizer.lr: Input should be greater than 0 (got nan)"),
         ("seed=0x_", "seed=0x_"),
         ("seed=[", "seed=["),
+        ("[=1", "[=1"),
         ("seed=${oc.env:NO_SUCH_VARIABLE}", "NO_SUCH_VARIABLE"),
         ("seed", "override 'seed' should look like key.sub=value"),
         ("--seed=1", "override '--seed=1' should look like key.sub=value"),
@@ -177,6 +173,7 @@ def _unusual() -> Config:
             "seed": 2**40,
             "ppo": {"max_ratio_error": float("inf")},
             "optimizer": {"eps": 1e-12, "ema_decay": 0.999},
+            "model": {"revision": "7e12345", "variant": "${fp16}"},
             "rollout": {"resources": {"rack: a": 0.5}},
             "prompts": {"train": {"path": "/tmp/ä, 'b': #c.txt", "column": "yes"}},
             "rewards": [
@@ -280,9 +277,7 @@ def test_random_overrides_only_ever_raise_config_errors(
     pairs: list[tuple[str, str]], with_rewards: bool
 ) -> None:
     base = {"rewards": [{"name": "shapes"}]} if with_rewards else None
-    try:
+    # Any other error than ConfigError would reach the user as a traceback: it fails this test.
+    with contextlib.suppress(ConfigError):
         config = load_config(None, [f"{key}={value}" for key, value in pairs], base)
-    except ConfigError as error:
-        assert str(error)
-    else:
-        assert make_config(config.model_dump()).placement_free() is not None
+        assert make_config(config.model_dump()) == config or "nan" in str(config)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from texforce_ray.config import Config, make_config
+from texforce_ray.config import Config
+from texforce_ray.config_io import make_config
 from texforce_ray.diffusion import ddim
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.diffusion.trajectory import Trajectory

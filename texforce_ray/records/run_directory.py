@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from texforce_ray.config import Config, load_config, to_yaml
+from texforce_ray.config import Config
+from texforce_ray.config_io import load_config, to_yaml
 from texforce_ray.errors import ConfigError, RunDirectoryError
 from texforce_ray.records.files import atomic_write_bytes, atomic_write_text, check_writable
 from texforce_ray.records.images import comparison, grid, save_png

@@ -1,0 +1,163 @@
+"""The pool on real Ray: killed, hanging and raising actors. No torch, so restarts are quick."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from texforce_ray.actors.messages import pack_images
+from texforce_ray.actors.pool import ActorPool
+from texforce_ray.actors.reward import RewardServer
+from texforce_ray.errors import ActorError, ConfigError, RewardError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+class Worker:
+    def __init__(self, error: str | None = None) -> None:
+        if error:
+            raise ConfigError(error)
+
+    def ready(self) -> str:
+        return "here"
+
+    def work(self, value: int) -> tuple[int, int]:
+        return value, value * 10
+
+    def die_once(self, marker: str) -> int:
+        if not os.path.exists(marker):
+            open(marker, "w").close()
+            os._exit(1)
+        return 7
+
+    def hang_once(self, marker: str) -> int:
+        if not os.path.exists(marker):
+            open(marker, "w").close()
+            time.sleep(60)
+        return 8
+
+    def fail(self) -> None:
+        raise KeyError("no such thing")
+
+    def refuse(self) -> None:
+        raise ConfigError("this key is wrong")
+
+
+def pool(size: int = 1, retries: int = 2, **kwargs: Any) -> ActorPool:
+    actor = ray.remote(Worker).options(num_cpus=0, max_restarts=3)
+    return ActorPool("worker", [actor.remote(**kwargs) for _ in range(size)], retries=retries)
+
+
+def run(workers: ActorPool, method: str, *arguments: Any, timeout: float = 30) -> Any:
+    async def once() -> Any:
+        value, _ = await workers.run(
+            f"doing {method}", lambda a: getattr(a, method).remote(*arguments), timeout
+        )
+        return value
+
+    return asyncio.run(once())
+
+
+def test_first_value_is_fetched_and_the_rest_stay_references() -> None:
+    async def go() -> None:
+        value, (rest,) = await pool().run(
+            "work", lambda a: a.work.options(num_returns=2).remote(4), 30
+        )
+        assert value == 4
+        assert isinstance(rest, ray.ObjectRef)
+        assert await rest == 40
+
+    asyncio.run(go())
+
+
+def test_many_tasks_on_few_actors_all_finish() -> None:
+    async def go() -> list[int]:
+        workers = pool(2)
+        jobs = [
+            workers.run("work", lambda a, i=i: a.work.options(num_returns=2).remote(i), 30)
+            for i in range(20)
+        ]
+        return [value for value, _ in await asyncio.gather(*jobs)]
+
+    assert asyncio.run(go()) == list(range(20))
+
+
+def test_a_killed_actor_is_restarted_and_its_task_done_again(tmp_path: Any) -> None:
+    workers = pool()
+    assert run(workers, "die_once", str(tmp_path / "died")) == 7
+    assert workers.restarts == 1
+
+
+def test_a_hanging_actor_is_killed_and_its_task_done_again(tmp_path: Any) -> None:
+    workers = pool()
+    assert run(workers, "hang_once", str(tmp_path / "hung"), timeout=2) == 8
+    assert workers.restarts == 1
+
+
+def test_an_error_names_actor_task_and_cause() -> None:
+    with pytest.raises(ActorError) as caught:
+        run(pool(), "fail")
+    message = str(caught.value)
+    assert "worker-0" in message
+    assert "doing fail" in message
+    assert "KeyError" in message
+    assert "no such thing" in message
+    assert "\n" not in message
+
+
+def test_our_own_errors_arrive_as_they_are() -> None:
+    with pytest.raises(ConfigError, match=r"^this key is wrong$"):
+        run(pool(), "refuse")
+
+
+def test_a_constructors_error_arrives_as_it_is() -> None:
+    with pytest.raises(ConfigError, match="bad model"):
+        asyncio.run(pool(error="bad model").ready(30))
+
+
+def server(target: str, **kwargs: Any) -> Any:
+    return ray.remote(RewardServer).options(num_cpus=0).remote("r", target, kwargs, 2)
+
+
+def score(target: str) -> Any:
+    images = np.zeros((3, 8, 8, 3), dtype=np.uint8)
+    return ray.get(server(target).score.remote(pack_images(images), ["a"] * 3, [{}] * 3))
+
+
+def test_a_reward_server_scores_in_parts_and_keeps_order() -> None:
+    answer = score("tests.system.rewards:Counting")
+    assert answer.error is None
+    assert answer.scores == [2.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("target", "cause"),
+    [
+        ("tests.system.rewards:Broken", "OSError: the scoring service is down"),
+        ("tests.system.rewards:TooFew", "returned 1 numbers for 2 images"),
+        ("tests.system.rewards:Infinite", "infinite"),
+        ("tests.system.rewards:Words", "not a list of numbers"),
+    ],
+)
+def test_a_failing_reward_answers_with_its_error_as_data(target: str, cause: str) -> None:
+    answer = score(target)
+    assert answer.scores is None
+    assert cause in answer.error
+
+
+def test_a_reward_class_without_score_fails_at_start() -> None:
+    servers = ActorPool("reward-r", [server("tests.system.rewards:NoScore")], retries=0)
+    with pytest.raises(RewardError, match="NoScore has no method score"):
+        asyncio.run(servers.ready(30))

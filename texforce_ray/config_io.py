@@ -1,0 +1,167 @@
+"""Reads configurations, explains what is wrong with them, writes them resolved."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from texforce_ray.config import Config, field_paths
+from texforce_ray.errors import ConfigError
+
+
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), base: dict | None = None
+) -> Config:
+    """Read a YAML file and dotted overrides (`key.sub=value`) into a checked `Config`.
+
+    Raises:
+        ConfigError: naming every wrong key, what it got, and what would be right.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        tree = OmegaConf.create(base or {})
+        if path is not None:
+            if not Path(path).is_file():
+                raise ConfigError(f"config file {path} does not exist{_similar_configs(path)}")
+            loaded = OmegaConf.load(path)
+            if not OmegaConf.is_dict(loaded):
+                raise ConfigError(f"{path} should hold a mapping of keys, as configs/shapes.yaml")
+            tree = OmegaConf.merge(tree, loaded)
+        for override in overrides:
+            if "=" not in override or override.startswith("-"):
+                raise ConfigError(f"override {override!r} should look like key.sub=value")
+        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(_listed(tree, overrides)))
+        values = OmegaConf.to_container(tree, resolve=True)
+    except (OmegaConfBaseException, YAMLError, LookupError, TypeError, ValueError) as error:
+        # OmegaConf lets some of Python's own errors through, e.g. for `seed=0x_`.
+        raise ConfigError(
+            f"cannot read config {path or ''} {' '.join(overrides)}: {error}"
+        ) from None
+    return make_config(values)
+
+
+def _listed(tree: Any, overrides: Sequence[str]) -> list[str]:
+    """Overrides with indices into lists applied in place (`rewards.0.weight=2`); the rest back."""
+    from omegaconf import ListConfig, OmegaConf
+
+    rest = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        parts = key.split(".")
+        if len(parts) > 1 and parts[1].isdigit() and isinstance(tree.get(parts[0]), ListConfig):
+            if int(parts[1]) >= len(tree[parts[0]]):
+                raise ConfigError(
+                    f"override {override!r}: {parts[0]} has {len(tree[parts[0]])} entries, "
+                    "counted from 0"
+                )
+            parsed = OmegaConf.from_dotlist([f"value={value}"]).value
+            OmegaConf.update(tree, key, parsed)
+        else:
+            rest.append(override)
+    return rest
+
+
+def make_config(values: Any) -> Config:
+    """Check plain data; see `load_config` for errors."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in _causes(error.errors())]
+        raise ConfigError("\n".join(["the configuration is wrong:", *lines])) from None
+
+
+def _causes(problems: Sequence[Any]) -> list[Any]:
+    """Without complaints about a list whose entries are wrong: they follow from those."""
+    return [
+        problem
+        for problem in problems
+        if problem["type"] != "too_short"
+        or not any(
+            other["loc"][: len(problem["loc"])] == problem["loc"]
+            for other in problems
+            if other is not problem
+        )
+    ]
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"  {key}: unknown key{_did_you_mean(key)}"
+    if not key:
+        return f"  {message}"
+    got = problem["input"]
+    shown = "" if isinstance(got, dict | list) else f" (got {got!r})"
+    return f"  {key}: {message}{shown}"
+
+
+def _did_you_mean(key: str) -> str:
+    import difflib
+
+    parts = key.split(".")
+    plain = ".".join(part for part in parts if not part.isdigit())
+    known = [".".join(path) for path in field_paths(Config)]
+    close = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
+    if not close:
+        last = parts[-1]
+        close = [k for k in known if k.rpartition(".")[2] == last][:1]
+    if not close:
+        return "; see --help-config for all keys"
+    meant = close[0].split(".")
+    for position, part in enumerate(parts):
+        if part.isdigit() and meant[:position] == parts[:position]:
+            meant.insert(position, part)
+    return f"; did you mean {'.'.join(meant)}?"
+
+
+def _similar_configs(path: str | Path) -> str:
+    folder = Path(path).parent
+    found = sorted(p.name for p in folder.glob("*.yaml")) if folder.is_dir() else []
+    return f"; {folder} holds {', '.join(found)}" if found else ""
+
+
+def resolve_run_dir(config: Config, under_ray_job: bool | None = None) -> Config:
+    """Fill in `{time}` and make the run directory absolute.
+
+    Raises:
+        ConfigError: a relative path under `ray job submit`, where it would lie in Ray's temporary
+            copy of the working directory and be deleted with it.
+    """
+    if under_ray_job is None:
+        under_ray_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    text = config.run_dir.replace("{time}", time.strftime("%Y%m%d-%H%M%S"))
+    path = Path(text).expanduser()
+    if not path.is_absolute() and under_ray_job:
+        raise ConfigError(
+            f"run_dir: {config.run_dir!r} is relative, and under `ray job submit` it would lie in "
+            "Ray's temporary copy of the working directory; give an absolute path, e.g. "
+            "run_dir=/data/runs/my-run"
+        )
+    return config.model_copy(update={"run_dir": str(path.absolute())})
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+    from omegaconf import OmegaConf
+
+    # OmegaConf's own writer: PyYAML leaves texts such as 7e1234 bare, which OmegaConf reads as a
+    # number, and a commit's hash may look like that.
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(config.model_dump(mode="json"))))
+
+
+def _escaped(value: Any) -> Any:
+    """Plain data whose texts OmegaConf takes as they are."""
+    if isinstance(value, dict):
+        return {key: _escaped(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_escaped(entry) for entry in value]
+    return value.replace("${", r"\${") if isinstance(value, str) else value
