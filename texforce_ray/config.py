@@ -55,7 +55,7 @@ class LoraConfig(_Section):
 class DiffusionConfig(_Section):
     """The Markov decision process: DDIM with noise, and classifier-free guidance."""
 
-    steps: int = Field(50, ge=1, le=1000, description="denoising steps")
+    steps: int = Field(50, ge=1, le=500, description="denoising steps")
     eta: float = Field(1.0, gt=0, le=1, description="share of DDPM noise; 0 has no likelihood")
     guidance_scale: float = Field(5.0, ge=0, description="g; at most 1 means no guidance")
     storage_dtype: Literal["float32", "float16"] = Field(

@@ -15,7 +15,7 @@ NAME = PACKAGE.name
 LAYERS = [
     ["errors", "signals"],
     ["randomness"],
-    ["config", "config_help"],
+    ["config", "config_help", "config_io"],
     ["shapes"],
     ["rewards", "prompts", "model.snapshot", "model.location", "records"],
     ["diffusion", "model"],

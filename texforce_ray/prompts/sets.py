@@ -44,7 +44,7 @@ BUILT_IN: dict[str, Callable[[], list[str]]] = {
     "shapes-phrases": lambda: [
         "a green circle",
         "three red squares",
-        "a red circle and a blue square",
+        "a red triangle and a blue square",
         "a green triangle above a yellow circle",
     ],
     **{f"shapes-{ability}": _ability(ability) for ability in ABILITIES},
