@@ -164,8 +164,12 @@ class PpoConfig(_Section):
     clip_range: float = Field(1e-4, gt=0, lt=1, description="lambda; r is clipped to 1 +- lambda")
     num_minibatches: int = Field(4, ge=1, description="optimizer updates in one epoch")
     epochs: int = Field(1, ge=1, description="passes over the iteration's samples")
-    timestep_fraction: float = Field(
-        0.5, gt=0, le=1, description="share of timesteps trained, drawn for each sample"
+    timestep_fraction: float = Field(0.5, gt=0, le=1, description="share of timesteps trained")
+    timestep_choice: Literal["random", "first"] = Field(
+        "random",
+        description="'random': drawn for each sample (the paper); 'first': the noisiest ones, "
+        "which decide what is in the image. With few denoising steps the last ones have a small "
+        "sigma, and their likelihood drowns the others' gradient in noise",
     )
     kl_weight: float = Field(
         0.0,

@@ -143,7 +143,7 @@ class Learner:
             config.seed,
             self.version,
             len(batch.trajectory),
-            self.table.trainable,
+            self._trainable_steps(),
             config.trained_timesteps,
         )
         parts = self._minibatches(batch, epoch=0)
@@ -169,6 +169,11 @@ class Learner:
             "learner/lr": self.optimizer.param_groups[0]["lr"],
             "learner/updates": self.updates,
         }
+
+    def _trainable_steps(self) -> list[int]:
+        steps = self.table.trainable
+        first = self.config.ppo.timestep_choice == "first"
+        return steps[: self.config.trained_timesteps] if first else steps
 
     def _minibatches(self, batch: UpdateBatch, epoch: int) -> list[np.ndarray]:
         config = self.config
