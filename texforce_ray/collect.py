@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from texforce_ray import randomness
 from texforce_ray.actors.messages import WorkUnit
+from texforce_ray.actors.pool import gather
 from texforce_ray.config import Config
 from texforce_ray.errors import RewardError
 from texforce_ray.prompts import Prompt, prompts_of_iteration
@@ -123,18 +123,6 @@ async def score(
         columns.append(np.array(scores, dtype=np.float64))
         seconds[reward.key] = answer.seconds
     return np.stack(columns, axis=1), errors, seconds
-
-
-async def gather(*jobs: Any) -> list[Any]:
-    """Await all; if one fails, cancel the others, so that none is left running unseen."""
-    tasks = [asyncio.ensure_future(job) for job in jobs]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
 
 
 def check_masked(config: Config, rewards: np.ndarray, errors: dict[str, str], what: str) -> None:

@@ -24,7 +24,9 @@ def placement(default: Any, description: str, **constraints: Any) -> Any:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelConfig(_Section):
@@ -114,7 +116,7 @@ class RewardConfig(_Section):
     kwargs: dict[str, Any] = Field({}, description="arguments of the reward's constructor")
     batch_size: int = Field(64, ge=1, description="images in one call of score()")
     replicas: int = placement(1, "reward servers", ge=1)
-    num_cpus: float = placement(0.5, "CPUs that Ray reserves for each server", ge=0)
+    num_cpus: float = placement(0.1, "CPUs that Ray reserves for each server", ge=0)
     num_gpus: float = placement(0.0, "GPUs that Ray reserves for each server", ge=0)
     resources: dict[str, float] = placement({}, "custom Ray resources for each server")
     timeout_s: float = placement(300.0, "deadline of one call", gt=0)
@@ -218,7 +220,7 @@ class LearnerConfig(_Section):
         1, ge=1, description="fixed parts of a minibatch whose gradients are summed in order"
     )
     num_threads: int = Field(2, ge=1, description="CPU threads (changes rounding)")
-    num_cpus: float = placement(1.0, "CPUs that Ray reserves", ge=0)
+    num_cpus: float = placement(0.5, "CPUs that Ray reserves", ge=0)
     num_gpus: float = placement(0.0, "GPUs that Ray reserves", ge=0)
     resources: dict[str, float] = placement({}, "custom Ray resources")
     timeout_s: float = placement(7200.0, "deadline of one iteration's updates", gt=0)
@@ -350,6 +352,12 @@ class Config(_Section):
                 f"learner.gradient_shards: {self.learner.gradient_shards} does not divide the "
                 f"minibatch of {self.minibatch_size} samples; "
                 f"possible: {_divisors(self.minibatch_size)}"
+            )
+        a = self.advantage
+        if a.mode == "prompt" and a.buffer_size < max(a.min_count, self.prompts.samples_per_prompt):
+            raise ValueError(
+                f"advantage.buffer_size: {a.buffer_size} should be at least advantage.min_count "
+                f"({a.min_count}) and prompts.samples_per_prompt ({self.prompts.samples_per_prompt})"
             )
         if self.advantage.mode == "group" and self.prompts.samples_per_prompt < 2:
             raise ValueError(

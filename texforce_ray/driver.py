@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayError
 
 from texforce_ray.actors.crew import Crew, connect
 from texforce_ray.collect import ScoredBatch, check_masked, collect, plan_units
 from texforce_ray.config import Config
 from texforce_ray.config_io import resolve_run_dir
-from texforce_ray.errors import CheckpointError, Interrupted
+from texforce_ray.errors import CheckpointError, Interrupted, TexForceError
 from texforce_ray.evaluation import compare, evaluate
 from texforce_ray.model.location import locate_model
 from texforce_ray.policy import Policy
@@ -27,7 +28,7 @@ from texforce_ray.prompts import Prompt, load_prompts
 from texforce_ray.recorder import Recorder
 from texforce_ray.records.checkpoint import Checkpoint, checkpoints, newest_checkpoint
 from texforce_ray.records.progress import Progress
-from texforce_ray.records.run_directory import RunDirectory
+from texforce_ray.records.run_directory import RunDirectory, check_resumable
 from texforce_ray.rewards import resolve
 from texforce_ray.rl.baseline import Baseline
 from texforce_ray.signals import cancel_on_signal
@@ -71,6 +72,8 @@ def train(config: Config, *, resume: bool = False) -> RunResult:
     """
     config = resolve_run_dir(config)
     check_inputs(config)
+    if resume:
+        check_resumable(config)
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -110,6 +113,7 @@ async def _iterate(run: _Run, policy: Policy, baseline: Baseline) -> None:
             recorder.samples(batch, mask, total, advantages)
             with recorder.phase("update"):
                 update = await policy.update(crew, batch, advantages, mask)
+            baseline.commit()
             if config.eval.every and policy.version % config.eval.every == 0:
                 with recorder.phase("evaluation"):
                     await _evaluate(run, policy)
@@ -118,6 +122,7 @@ async def _iterate(run: _Run, policy: Policy, baseline: Baseline) -> None:
     finally:
         for task in under_way.values():
             task.cancel()
+        await asyncio.gather(*under_way.values(), return_exceptions=True)
 
 
 async def _evaluate(run: _Run, policy: Policy) -> None:
@@ -146,18 +151,14 @@ async def _train(config: Config, resume: bool) -> RunResult:
     prompts, eval_prompts = check_inputs(config)
     checkpoint = _restore(config) if resume else None
     with contextlib.ExitStack() as cleanup:
-        directory = (
-            RunDirectory.reopen(config, checkpoint.iteration if checkpoint else 0)
-            if resume
-            else RunDirectory.create(config)
-        )
+        start = checkpoint.iteration if checkpoint else 0
+        directory = RunDirectory.reopen(config, start) if resume else RunDirectory.create(config)
         cleanup.callback(directory.close)
         if connect(config):
             cleanup.callback(ray.shutdown)
         cleanup.enter_context(cancel_on_signal())
         crew = Crew(config)
         cleanup.callback(crew.close)
-        start = checkpoint.iteration if checkpoint else 0
         progress = cleanup.enter_context(Progress(config.iterations, start))
         run = _Run(config, prompts, eval_prompts, crew, Recorder(config, directory), progress)
         policy, baseline = (
@@ -168,8 +169,15 @@ async def _train(config: Config, resume: bool) -> RunResult:
             policy = await _start(run, checkpoint)
             await _iterate(run, policy, baseline)
             comparison = await _finish(run, policy)
+        except (RayError, TexForceError):
+            # What is finished is kept, whatever broke after it.
+            if policy is not None and policy.version > start:
+                with contextlib.suppress(RayError, TexForceError):
+                    await run.recorder.checkpoint(policy, baseline)
+            raise
         except asyncio.CancelledError:
-            done = 0 if policy is None else policy.version
+            done = start if policy is None else policy.version
+            progress.message("stopping; writing a checkpoint ...")
             if policy is not None:
                 await run.recorder.checkpoint(policy, baseline)
             raise Interrupted(

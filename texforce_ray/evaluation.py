@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from texforce_ray import randomness
-from texforce_ray.collect import gather, score
+from texforce_ray.actors.pool import gather
+from texforce_ray.collect import check_masked, score
 from texforce_ray.prompts import Prompt, prompts_of_iteration
 from texforce_ray.rl.advantage import combine
 
@@ -34,7 +35,6 @@ class Evaluation:
     rewards: np.ndarray
     total: np.ndarray
     shown: np.ndarray
-    errors: dict[str, str]
 
     def means(self, names: Sequence[str]) -> dict[str, float]:
         """Mean of each reward and of the total, over what could be scored."""
@@ -57,6 +57,9 @@ async def evaluate(
         prompts: taken in an order fixed by `eval.seed`, again from the start when used up.
         count: images.
         policy: one snapshot ref; empty for the base model.
+
+    Raises:
+        RewardError: too many images could not be scored.
     """
     config = crew.config
     chosen = prompts_of_iteration(prompts, config.eval.seed, 0, count)
@@ -73,6 +76,8 @@ async def evaluate(
 
     parts = await gather(*(part(first) for first in range(0, count, size)))
     rewards = np.concatenate([rewards for rewards, _, _ in parts])
+    errors = {key: error for _, part_errors, _ in parts for key, error in part_errors.items()}
+    check_masked(config, rewards, errors, "an evaluation")
     mask = ~np.isnan(rewards).any(axis=1)
     weights = [reward.weight for reward in config.rewards]
     total = combine(rewards, mask, weights, ["none"] * len(weights))
@@ -82,7 +87,6 @@ async def evaluate(
         rewards=rewards,
         total=np.where(mask, total, np.nan),
         shown=np.concatenate([images for _, _, images in parts if images is not None])[:shown],
-        errors={key: error for _, errors, _ in parts for key, error in errors.items()},
     )
 
 

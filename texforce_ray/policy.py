@@ -58,6 +58,7 @@ class Policy:
             [self.snapshots[batch.policy_version]] if stale else [],
         )
         self.state, self._evaluated = state, evaluated
+        # Nothing is awaited from here on: the version is either the old one or whole.
         self.version += 1
         self.snapshots[self.version] = snapshot
         # Nothing still to be sampled names an older one; dropping the reference frees it.

@@ -37,6 +37,7 @@ class Recorder:
         self.samples_per_second: float | None = None
         self.evaluated = float("nan")
         self._best: float | None = None
+        self._checkpoint_seconds = 0.0
         self._evaluation: dict[str, float] = {}
         self.start_iteration()
 
@@ -93,12 +94,11 @@ class Recorder:
         baseline: Baseline,
         crew: Crew,
     ) -> None:
-        """The iteration's line of metrics, and its checkpoint if one is due."""
-        with self.phase("records"):
-            due = policy.version % self.config.checkpoint.every == 0
-            last = policy.version == self.config.iterations
-            if due or last or self._best is not None:
-                await self.checkpoint(policy, baseline)
+        """The iteration's line of metrics, then its checkpoint if one is due.
+
+        In this order: a line whose checkpoint is missing is written again by a resumed run, but a
+        checkpoint whose line is missing would leave a gap for ever.
+        """
         seconds = time.perf_counter() - self._began
         self.samples_per_second = len(mask) / seconds
         self.reward = float(total[mask].mean()) if mask.any() else None
@@ -120,6 +120,12 @@ class Recorder:
         }
         self.directory.metrics.append(batch.iteration, metrics)
         self._evaluation = {}
+        due = policy.version % self.config.checkpoint.every == 0
+        last = policy.version == self.config.iterations
+        if due or last or self._best is not None:
+            began = time.perf_counter()
+            await self.checkpoint(policy, baseline)
+            self._checkpoint_seconds = time.perf_counter() - began
 
     def _reward_metrics(self, batch: ScoredBatch) -> dict[str, float]:
         metrics = {}
@@ -141,6 +147,7 @@ class Recorder:
         times |= {f"work/reward_{name}": value for name, value in batch.reward_seconds.items()}
         return times | {
             "seconds/total": seconds,
+            "seconds/checkpoint_before": self._checkpoint_seconds,
             "share/learner_wait": 1 - self._seconds["update"] / seconds,
             "work/rollout": batch.rollout_seconds,
             "work/learner": float(update.get("seconds", 0.0)),

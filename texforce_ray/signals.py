@@ -24,8 +24,15 @@ def cancel_on_signal() -> Iterator[None]:
         return
     loop = asyncio.get_running_loop()
     previous = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def stop() -> None:
+        # Once is enough: a second signal must not cut the writing of the checkpoint short.
+        for number in SIGNALS:
+            loop.add_signal_handler(number, lambda: None)
+        task.cancel()
+
     for number in SIGNALS:
-        loop.add_signal_handler(number, task.cancel)
+        loop.add_signal_handler(number, stop)
     try:
         yield
     finally:

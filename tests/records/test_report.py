@@ -48,7 +48,7 @@ def _metrics(run_dir: Path, count: int = 6) -> None:
             log.append(
                 i,
                 {
-                    "reward/total": 0.1 * i,
+                    "reward/total_mean": 0.1 * i,
                     "reward/total_std": 0.05,
                     f"reward/{NASTY}": 0.2,
                     "ppo/approx_kl": math.nan if i == 2 else 1e-6,
@@ -171,7 +171,8 @@ def test_braces_in_the_config_are_not_taken_for_placeholders(tmp_path: Path) -> 
 
 def test_long_run_stays_small(tmp_path: Path) -> None:
     lines = [
-        {"iteration": i, "reward/total": i, "seconds/a": 1.0, "seconds/b": 2.0} for i in range(5000)
+        {"iteration": i, "reward/total_mean": i, "seconds/a": 1.0, "seconds/b": 2.0}
+        for i in range(5000)
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text)

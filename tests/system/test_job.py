@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -45,13 +46,28 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     # No PYTHONPATH: the job must bring the package along in its working directory.
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS")}
     cluster = Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", env | {"PATH": path})
-    started = cluster.ray(
-        "start", "--head", f"--port={port}", "--num-cpus=4", "--include-dashboard=true",
-        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", check=False,
+    # In a session of its own rather than `ray stop`, which would end every Ray on the machine.
+    process = subprocess.Popen(
+        [
+            RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=4",
+            "--include-dashboard=true", "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={dashboard}",
+        ],
+        cwd=REPO, env=cluster.env, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    assert started.returncode == 0, started.stdout
+    deadline = time.monotonic() + 90
+    while cluster.ray("job", "list", f"--address={cluster.dashboard}", check=False).returncode:
+        assert process.poll() is None
+        assert time.monotonic() < deadline, "the cluster did not start"
+        time.sleep(1)
     yield cluster
-    cluster.ray("stop", "--force", check=False)
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_run_joins_a_running_cluster(head: Head, tmp_path: Path) -> None:

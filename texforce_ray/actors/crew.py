@@ -16,14 +16,12 @@ import ray
 from texforce_ray.actors.learner import LearnerActor
 from texforce_ray.actors.messages import ImagePayload, Info, Scores, WorkUnit
 from texforce_ray.actors.placement import wait_for_room
-from texforce_ray.actors.pool import ActorPool
+from texforce_ray.actors.pool import ActorPool, gather
 from texforce_ray.actors.reward import RewardServer
 from texforce_ray.actors.rollout import RolloutActor
 from texforce_ray.config import Config, RewardConfig
 from texforce_ray.errors import ActorError, ResourceError
 from texforce_ray.rewards import resolve
-
-log = logging.getLogger(__name__)
 
 Refs = Sequence[ray.ObjectRef]
 
@@ -38,7 +36,8 @@ def connect(config: Config) -> bool:
         return False
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
-    # Ray's own reporting wants no terminal noise; actors print only what a user should see.
+    # Authentication is on, as it should be, and nothing that a user has to be warned of.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     if address is None:
         # "local": a bare ray.init() would silently join whatever runs on this machine.
         ray.init(address="local", include_dashboard=config.ray.dashboard, **options)
@@ -99,12 +98,7 @@ class Crew:
     async def ready(self) -> None:
         """Wait for all actors at once; their imports are most of a run's start."""
         timeout = self.config.ray.start_timeout_s
-        waits = [asyncio.ensure_future(pool.ready(timeout)) for pool in self.pools()]
-        try:
-            await asyncio.gather(*waits)
-        finally:
-            for wait in waits:
-                wait.cancel()
+        await gather(*(pool.ready(timeout) for pool in self.pools()))
 
     def close(self) -> None:
         for pool in self.pools():

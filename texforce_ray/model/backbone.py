@@ -149,6 +149,10 @@ def load_config_backbone(model: ModelConfig, num_gpus: float) -> Backbone:
     device = model.device
     if device == "auto":
         device = "cuda" if num_gpus > 0 and torch.cuda.is_available() else "cpu"
+    if device == "cuda" and model.dtype == "float32":
+        # TF32's ten bits would make sampler and learner disagree by more than PPO's clip range.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
     return load_backbone(
         model.path,
         dtype=model.dtype,

@@ -59,7 +59,7 @@ def _record(item: Any, column: str, path: str, index: int) -> Record:
             f"prompt file {path}, entry {index}: no field {column!r}, only "
             f"{', '.join(map(str, item))}; set 'column' to the one that holds the text"
         )
-    rest = {key: value for key, value in item.items() if key != column}
+    rest = {key: value for key, value in item.items() if key not in (column, None)}
     return str(item[column] or "").strip(), rest
 
 

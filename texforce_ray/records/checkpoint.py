@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -109,7 +110,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole; damaged ones are named in a warning and passed over."""
-    for path in sorted(checkpoints(run_dir), reverse=True):
+    for path in reversed(checkpoints(run_dir)):
         try:
             return load_checkpoint(path)
         except CheckpointError as error:
@@ -133,15 +134,17 @@ def prune(run_dir: Path, keep_last: int) -> None:
     """Delete all but the newest `keep_last` checkpoints and the best one."""
     best = read_best(run_dir)
     keep = {best["iteration"]} if best else set()
-    for path in sorted(checkpoints(run_dir), reverse=True)[keep_last:]:
-        if int(path.name.partition("-")[2]) not in keep:
+    # A damaged one does not count: it must not push out what can still be read.
+    whole = [path for path in checkpoints(run_dir) if is_complete(path)]
+    for path in whole[:-keep_last]:
+        if step_of(path) not in keep:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def mark_best(run_dir: Path, iteration: int, score: float) -> bool:
     """Note the checkpoint of `iteration` as the best one, if its evaluation beats the noted one."""
     best = read_best(run_dir)
-    if best and best["score"] >= score:
+    if not math.isfinite(score) or (best and best["score"] >= score):
         return False
     text = json.dumps({"iteration": iteration, "score": score})
     atomic_write_text(run_dir / "checkpoints" / "best.json", text)
@@ -158,9 +161,14 @@ def read_best(run_dir: Path) -> dict[str, Any] | None:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """All checkpoint directories, whole or not."""
+    """All checkpoint directories, whole or not, oldest first."""
     found = (run_dir / "checkpoints").glob("step-*")
-    return [path for path in found if path.name.partition("-")[2].isdigit()]
+    return sorted((path for path in found if path.name.partition("-")[2].isdigit()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The number of finished iterations that a checkpoint's name says."""
+    return int(path.name.partition("-")[2])
 
 
 def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -196,7 +204,7 @@ def _read_snapshot(path: Path, facts: dict[str, Any]) -> PolicySnapshot:
 
 
 def _pack(tensors: Tensors) -> bytes:
-    return save({key: np.ascontiguousarray(value) for key, value in tensors.items()})
+    return save({key: np.asarray(value, order="C") for key, value in tensors.items()})
 
 
 def _inner(tensors: Tensors, prefix: str) -> Tensors:

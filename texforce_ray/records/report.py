@@ -47,7 +47,7 @@ def _key_figures(metrics: Metrics) -> str:
     if not metrics:
         return ""
     figures = [("iterations recorded", str(len(metrics)))]
-    rewards = [v for v in _values(metrics, "reward/total") if v is not None]
+    rewards = [v for v in _values(metrics, "reward/total_mean") if v is not None]
     if rewards:
         figures.append(("reward, first iteration", _number(rewards[0])))
         figures.append(("reward, last iteration", _number(rewards[-1])))
@@ -69,10 +69,10 @@ def _charts(metrics: Metrics) -> str:
     components = [
         key
         for key in keys
-        if key.startswith("reward/") and key != "reward/total" and not key.endswith("_std")
+        if key.startswith("reward/") and key.endswith("_mean") and key != "reward/total_mean"
     ]
     charts = [
-        line_chart("Reward", [one("reward/total", "reward/total_std")], note=_band_note(keys)),
+        line_chart("Reward", [one("reward/total_mean", "reward/total_std")], note=_band_note(keys)),
         line_chart("Reward components", [one(key) for key in components], note="raw values"),
         *(line_chart(key, [one(key)]) for key in keys if key.startswith("eval/")),
         line_chart("Approximate KL", [one("ppo/approx_kl")]),

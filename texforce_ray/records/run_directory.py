@@ -38,7 +38,7 @@ class RunDirectory:
             RunDirectoryError: not writable, or there is a run already.
         """
         path = Path(config.run_dir)
-        if (path / "config.yaml").exists():
+        if any((path / name).exists() for name in ("metrics.jsonl", "samples", "checkpoints")):
             raise RunDirectoryError(
                 f"{path} already holds a run; continue it with --resume {path}, or choose another "
                 "run_dir"
@@ -141,6 +141,12 @@ def read_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
     now = load_config(file, [*overrides, f"run_dir={run_dir.absolute()}"])
     check_same(before, now, run_dir)
     return now
+
+
+def check_resumable(config: Config) -> None:
+    """Raise RunDirectoryError unless `config.run_dir` is a run of the same configuration."""
+    path = Path(config.run_dir)
+    check_same(read_config(path), config, path)
 
 
 def check_same(before: Config, now: Config, run_dir: Path) -> None:

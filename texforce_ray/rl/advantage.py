@@ -60,9 +60,14 @@ def group_advantages(
 class PromptStatistics:
     """A rolling buffer of rewards per prompt (DDPO, appendix; TexForce section 3.2)."""
 
-    def __init__(self, buffer_size: int, min_count: int) -> None:
+    def __init__(
+        self, buffer_size: int, min_count: int, remembered: dict[str, list[float]] | None = None
+    ) -> None:
         self.buffer_size, self.min_count = buffer_size, min_count
-        self.buffers: dict[str, list[float]] = {}
+        self.buffers = {prompt: list(values) for prompt, values in (remembered or {}).items()}
+
+    def copy(self) -> PromptStatistics:
+        return PromptStatistics(self.buffer_size, self.min_count, self.buffers)
 
     def advantages(
         self, total: np.ndarray, mask: np.ndarray, prompts: Sequence[str], scale: str = "own"

@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
 
 class Baseline:
-    """Holds what is remembered of each prompt's rewards between iterations."""
+    """Holds what is remembered of each prompt's rewards between iterations.
+
+    `advantages` leaves it as it is; `commit` takes the rewards over once the update has succeeded,
+    so that an interrupted iteration leaves no trace.
+    """
 
     def __init__(self, config: Config, remembered: dict[str, list[float]]) -> None:
         self.config = config
         a = config.advantage
-        self.statistics = PromptStatistics(a.buffer_size, a.min_count)
-        self.statistics.buffers = {key: list(values) for key, values in remembered.items()}
+        self.statistics = PromptStatistics(a.buffer_size, a.min_count, remembered)
+        self._next = self.statistics
 
     def advantages(self, batch: ScoredBatch, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Weighted total and clipped advantage of each sample, float64 [N] each; 0 where masked."""
@@ -34,9 +38,14 @@ class Baseline:
             batch.rewards, mask, [r.weight for r in rewards], [r.normalize for r in rewards]
         )
         if a.mode == "prompt":
-            advantages = self.statistics.advantages(total, mask, batch.prompts, a.scale)
+            self._next = self.statistics.copy()
+            advantages = self._next.advantages(total, mask, batch.prompts, a.scale)
         elif a.mode == "group":
             advantages = group_advantages(total, mask, batch.prompts, a.scale)
         else:
             advantages = batch_advantages(total, mask)
         return total, np.clip(advantages, -a.clip, a.clip)
+
+    def commit(self) -> None:
+        """Remember the rewards of the last call of `advantages`."""
+        self.statistics = self._next

@@ -228,6 +228,11 @@ class Learner:
             parameter.grad = value
         o = self.config.optimizer
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, o.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise NumericsError(
+                f"the gradient of update {self.updates} in iteration {self.version} is {norm}; the "
+                "last checkpoint is sound. Try a smaller optimizer.lr or model.dtype=float32"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = o.lr * learning_rate_factor(
                 self.updates, self.config.total_updates, o.warmup_fraction, o.schedule
