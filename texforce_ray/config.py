@@ -356,8 +356,9 @@ class Config(_Section):
         a = self.advantage
         if a.mode == "prompt" and a.buffer_size < max(a.min_count, self.prompts.samples_per_prompt):
             raise ValueError(
-                f"advantage.buffer_size: {a.buffer_size} should be at least advantage.min_count "
-                f"({a.min_count}) and prompts.samples_per_prompt ({self.prompts.samples_per_prompt})"
+                f"advantage.buffer_size: {a.buffer_size} should be at least advantage.min_count = "
+                f"{a.min_count} and prompts.samples_per_prompt = "
+                f"{self.prompts.samples_per_prompt}"
             )
         if self.advantage.mode == "group" and self.prompts.samples_per_prompt < 2:
             raise ValueError(

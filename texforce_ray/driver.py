@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import RayError
 
 from texforce_ray.actors.crew import Crew, connect
+from texforce_ray.actors.pool import readable
 from texforce_ray.collect import ScoredBatch, check_masked, collect, plan_units
 from texforce_ray.config import Config
 from texforce_ray.config_io import resolve_run_dir
@@ -161,19 +162,19 @@ async def _train(config: Config, resume: bool) -> RunResult:
         cleanup.callback(crew.close)
         progress = cleanup.enter_context(Progress(config.iterations, start))
         run = _Run(config, prompts, eval_prompts, crew, Recorder(config, directory), progress)
-        policy, baseline = (
-            None,
-            Baseline(config, checkpoint.prompt_statistics if checkpoint else {}),
-        )
+        policy: Policy | None = None
+        baseline = Baseline(config, checkpoint.prompt_statistics if checkpoint else {})
         try:
             policy = await _start(run, checkpoint)
             await _iterate(run, policy, baseline)
             comparison = await _finish(run, policy)
-        except (RayError, TexForceError):
+        except (RayError, TexForceError) as error:
             # What is finished is kept, whatever broke after it.
             if policy is not None and policy.version > start:
                 with contextlib.suppress(RayError, TexForceError):
                     await run.recorder.checkpoint(policy, baseline)
+            if isinstance(error, RayError):
+                raise readable("driver", "fetching a result", error) from None
             raise
         except asyncio.CancelledError:
             done = start if policy is None else policy.version

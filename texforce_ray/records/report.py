@@ -69,7 +69,9 @@ def _charts(metrics: Metrics) -> str:
     components = [
         key
         for key in keys
-        if key.startswith("reward/") and key.endswith("_mean") and key != "reward/total_mean"
+        if key.startswith("reward/")
+        and key not in ("reward/total_mean", "reward/masked")
+        and not key.endswith("_std")
     ]
     charts = [
         line_chart("Reward", [one("reward/total_mean", "reward/total_std")], note=_band_note(keys)),
