@@ -190,6 +190,7 @@ class PpoConfig(_Section):
     max_ratio_error: float | None = Field(
         None,
         gt=0,
+        allow_inf_nan=True,
         description="the run fails if |r - 1| on the first pass exceeds it; default: 1e-4 in "
         "float32, no bound otherwise",
     )
