@@ -130,8 +130,6 @@ class RewardConfig(_Section):
             raise ValueError("give exactly one of 'name' (built in) and 'target' (your class)")
         if self.target is not None and self.target.count(":") != 1:
             raise ValueError(f"target {self.target!r} should look like 'package.module:Class'")
-        if not math.isfinite(self.weight):
-            raise ValueError(f"weight is {self.weight}; it should be a finite number")
         return self
 
     @property

@@ -63,7 +63,7 @@ def test_every_wrong_key_is_reported_at_once() -> None:
         ("max_staleness=2", "max_staleness: Input should be less than or equal to 1 (got 2)"),
         ("ppo=1", "ppo: Input should be a valid dictionary"),
         ("rewards=[]", "rewards: "),
-        ("optimizer.lr=.nan", "optimizer.lr: Input should be greater than 0 (got nan)"),
+        ("optimizer.lr=.nan", "optimizer.lr: Input should be a finite number (got nan)"),
         ("seed=0x_", "seed=0x_"),
         ("seed=[", "seed=["),
         ("[=1", "[=1"),
@@ -111,7 +111,10 @@ def test_impossible_arithmetic_lists_what_is_possible(
         ([{"name": "shapes", "target": "a:B"}], "exactly one of 'name'"),
         ([{"target": "a.b.C"}], "'package.module:Class'"),
         ([{"name": "shapes"}, {"name": "shapes"}], "['shapes'] named twice"),
-        ([{"name": "shapes", "weight": float("nan")}], "weight is nan"),
+        (
+            [{"name": "shapes", "weight": float("nan")}],
+            "rewards.0.weight: Input should be a finite number (got nan)",
+        ),
     ],
 )
 def test_rewards_that_cannot_be_are_refused(rewards: list[dict], part: str) -> None:
