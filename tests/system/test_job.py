@@ -45,6 +45,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # No PYTHONPATH: the job must bring the package along in its working directory.
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS")}
+    # Clusters authenticate as shipped; the command line sends its token only when told to.
+    env["RAY_AUTH_MODE"] = "token"
     cluster = Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", env | {"PATH": path})
     # In a session of its own rather than `ray stop`, which would end every Ray on the machine.
     process = subprocess.Popen(

@@ -34,6 +34,7 @@ def test_too_many_failures_end_the_run_with_name_and_cause(tmp_path: Path) -> No
         *SMOKE,
         f"run_dir={tmp_path / 'run'}",
         "rewards=[{target: 'tests.system.rewards:Broken', retries: 0}]",
+        "eval.every=0",
         directory=tmp_path,
         timeout=240,
     )
