@@ -72,7 +72,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_a_run_joins_a_running_cluster(head: Head, tmp_path: Path) -> None:
+def test_a_run_joins_a_running_cluster(
+    head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     directory = tmp_path / "run"
     finished = finish(
         start(

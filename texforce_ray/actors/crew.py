@@ -45,7 +45,10 @@ def connect(config: Config) -> bool:
     try:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError) as error:
-        raise ResourceError(f"ray.address: no Ray cluster at {address!r}: {error}") from None
+        raise ResourceError(
+            f"ray.address: no Ray cluster at {address!r}: {error}; if it asks for a token: "
+            "export RAY_AUTH_MODE=token"
+        ) from None
     nodes = [node for node in ray.nodes() if node["Alive"]]
     gcs = ray.get_runtime_context().gcs_address
     print(f"joined the Ray cluster at {gcs} ({len(nodes)} nodes)", file=sys.stderr)
