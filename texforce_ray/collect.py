@@ -47,6 +47,20 @@ class ScoredBatch:
         return ~np.isnan(self.rewards).any(axis=1)
 
 
+@dataclass(frozen=True)
+class TrainingBatch:
+    """A scored batch and what the update learns from it.
+
+    mask: bool [N], False where a sample is left out of the update; total: float64 [N], weighted
+    reward; advantages: float64 [N]; both 0 where masked.
+    """
+
+    scored: ScoredBatch
+    mask: np.ndarray
+    total: np.ndarray
+    advantages: np.ndarray
+
+
 def plan_units(config: Config, prompts: list[Prompt], iteration: int) -> list[WorkUnit]:
     """The iteration's units of work: a pure function of config and prompts."""
     chosen = prompts_of_iteration(prompts, config.seed, iteration, config.prompts.per_iteration)
@@ -57,7 +71,6 @@ def plan_units(config: Config, prompts: list[Prompt], iteration: int) -> list[Wo
         WorkUnit(
             iteration=iteration,
             index=first // size,
-            first=first,
             prompts=tuple(p.text for p in samples[first : first + size]),
             metadata=tuple(p.metadata for p in samples[first : first + size]),
             seeds=seeds[first : first + size],
@@ -140,3 +153,15 @@ def check_masked(config: Config, rewards: np.ndarray, errors: dict[str, str], wh
                 f"{what} (advantage.max_masked allows {config.advantage.max_masked:.0%}); "
                 f"last error: {cause}"
             )
+
+
+async def count_truncated(crew: Crew, prompts: Sequence[Prompt]) -> tuple[int, str]:
+    """How many distinct prompts the text encoder cuts off, and a warning if there are any."""
+    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+    cut = await crew.count_truncated(texts)
+    if not cut:
+        return 0, ""
+    return cut, (
+        f"warning: {cut} of {len(texts)} prompts are longer than the text encoder's limit; "
+        "their ends are cut off"
+    )

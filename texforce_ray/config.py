@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+_Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 DType: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 
@@ -153,8 +154,8 @@ class AdvantageConfig(_Section):
         "own",
         description="deviation to divide by: that of the prompt or group itself, or the batch's",
     )
-    max_masked: float = Field(
-        0.25, ge=0, le=1, description="share of unscored samples beyond which the run fails"
+    max_masked: float = placement(
+        0.25, "share of unscored samples beyond which the run fails", ge=0, le=1
     )
 
 
@@ -185,12 +186,12 @@ class PpoConfig(_Section):
     behaviour_cap: float = Field(
         2.0, gt=0, description="c, cap of the weight pi_prox / pi_behaviour"
     )
-    max_ratio_error: float | None = Field(
+    max_ratio_error: float | None = placement(
         None,
+        "the run fails if |r - 1| exceeds it on an iteration's first minibatch, before the first "
+        "update; default: 1e-4 in float32, no bound otherwise",
         gt=0,
         allow_inf_nan=True,
-        description="the run fails if |r - 1| on the first pass exceeds it; default: 1e-4 in "
-        "float32, no bound otherwise",
     )
 
 
@@ -198,7 +199,7 @@ class OptimizerConfig(_Section):
     """AdamW on the adapter."""
 
     lr: float = Field(3e-4, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates")
+    betas: tuple[_Decay, _Decay] = Field((0.9, 0.999), description="Adam's decay rates")
     weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")

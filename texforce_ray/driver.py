@@ -9,16 +9,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
 from texforce_ray.actors.crew import Crew, connect
+from texforce_ray.actors.placement import wait_for_room
 from texforce_ray.actors.pool import readable
-from texforce_ray.collect import ScoredBatch, check_masked, collect, plan_units
+from texforce_ray.collect import (
+    ScoredBatch,
+    TrainingBatch,
+    check_masked,
+    collect,
+    count_truncated,
+    plan_units,
+)
 from texforce_ray.config import Config
 from texforce_ray.config_io import resolve_run_dir
 from texforce_ray.errors import CheckpointError, Interrupted, TexForceError
@@ -29,7 +39,7 @@ from texforce_ray.prompts import Prompt, load_prompts
 from texforce_ray.recorder import Recorder
 from texforce_ray.records.checkpoint import Checkpoint, checkpoints, newest_checkpoint
 from texforce_ray.records.progress import Progress
-from texforce_ray.records.run_directory import RunDirectory, check_resumable
+from texforce_ray.records.run_directory import RunDirectory, check_resumable, digest
 from texforce_ray.rewards import resolve
 from texforce_ray.rl.baseline import Baseline
 from texforce_ray.signals import cancel_on_signal
@@ -72,16 +82,37 @@ def train(config: Config, *, resume: bool = False) -> RunResult:
         TexForceError: anything that a user can act on; `Interrupted` after SIGINT or SIGTERM.
     """
     config = resolve_run_dir(config)
-    check_inputs(config)
+    prompts, eval_prompts = check_inputs(config)
+    prompts_digest = digest([*prompts, *eval_prompts])
     if resume:
-        check_resumable(config)
+        check_resumable(config, prompts_digest)
+    job = _train(config, prompts, eval_prompts, prompts_digest, resume)
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(_train(config, resume))
-    # A notebook runs a loop of its own, in which ours cannot be started.
+        return asyncio.run(job)
+    return _run_beside(job)
+
+
+def _run_beside(job: Coroutine[Any, Any, RunResult]) -> RunResult:
+    """Run in a thread: a notebook runs a loop of its own, in which ours cannot be started."""
+    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()
+
+    async def body() -> RunResult:
+        task = asyncio.current_task()
+        assert task is not None
+        started.set_result((asyncio.get_running_loop(), task))
+        return await job
+
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(lambda: asyncio.run(_train(config, resume))).result()
+        result = thread.submit(lambda: asyncio.run(body()))
+        try:
+            return result.result()
+        except KeyboardInterrupt:
+            # Only the main thread hears of it; the run must stop too, and leave its checkpoint.
+            loop, task = started.result()
+            loop.call_soon_threadsafe(task.cancel)
+            return result.result()
 
 
 def check_inputs(config: Config) -> tuple[list[Prompt], list[Prompt]]:
@@ -110,15 +141,15 @@ async def _iterate(run: _Run, policy: Policy, baseline: Baseline) -> None:
                 batch = await under_way.pop(iteration)
             mask = batch.scored & recorder.recorded_mask(batch)
             check_masked(config, batch.rewards, batch.errors, f"iteration {iteration}")
-            total, advantages = baseline.advantages(batch, mask)
-            recorder.samples(batch, mask, total, advantages)
+            training = TrainingBatch(batch, mask, *baseline.advantages(batch, mask))
+            recorder.samples(training)
             with recorder.phase("update"):
-                update = await policy.update(crew, batch, advantages, mask)
+                update = await policy.update(crew, training)
             baseline.commit()
             if config.eval.every and policy.version % config.eval.every == 0:
                 with recorder.phase("evaluation"):
                     await _evaluate(run, policy)
-            await recorder.iteration(batch, mask, total, advantages, update, policy, baseline, crew)
+            await recorder.iteration(training, update, policy, baseline, crew.restarts)
             run.progress.update(policy.version, recorder.reward, recorder.samples_per_second)
     finally:
         for task in under_way.values():
@@ -127,7 +158,7 @@ async def _iterate(run: _Run, policy: Policy, baseline: Baseline) -> None:
 
 
 async def _evaluate(run: _Run, policy: Policy) -> None:
-    """Scores and a grid of held-out prompts or seeds, the same ones every time."""
+    """Scores and a grid of the evaluation's prompts and seeds, the same ones every time."""
     result = await evaluate(run.crew, run.eval_prompts, run.config.eval.images, policy.evaluated)
     run.recorder.evaluation(policy.version, result)
 
@@ -146,25 +177,35 @@ async def _finish(run: _Run, policy: Policy) -> dict[str, dict[str, float]]:
     return comparison
 
 
-async def _train(config: Config, resume: bool) -> RunResult:
+async def _train(
+    config: Config,
+    prompts: list[Prompt],
+    eval_prompts: list[Prompt],
+    prompts_digest: str,
+    resume: bool,
+) -> RunResult:
     """Everything around the loop: start, restore, stop, clean up."""
     began = time.monotonic()
-    prompts, eval_prompts = check_inputs(config)
     checkpoint = _restore(config) if resume else None
     with contextlib.ExitStack() as cleanup:
         start = checkpoint.iteration if checkpoint else 0
-        directory = RunDirectory.reopen(config, start) if resume else RunDirectory.create(config)
+        if resume:
+            directory = RunDirectory.reopen(config, start)
+        else:
+            directory = RunDirectory.create(config, prompts_digest)
         cleanup.callback(directory.close)
         if connect(config):
             cleanup.callback(ray.shutdown)
         cleanup.enter_context(cancel_on_signal())
-        crew = Crew(config)
-        cleanup.callback(crew.close)
         progress = cleanup.enter_context(Progress(config.iterations, start))
-        run = _Run(config, prompts, eval_prompts, crew, Recorder(config, directory), progress)
+        recorder = Recorder(config, directory)
         policy: Policy | None = None
         baseline = Baseline(config, checkpoint.prompt_statistics if checkpoint else {})
         try:
+            await wait_for_room(config)
+            crew = Crew(config)
+            cleanup.callback(crew.close)
+            run = _Run(config, prompts, eval_prompts, crew, recorder, progress)
             policy = await _start(run, checkpoint)
             await _iterate(run, policy, baseline)
             comparison = await _finish(run, policy)
@@ -172,7 +213,7 @@ async def _train(config: Config, resume: bool) -> RunResult:
             # What is finished is kept, whatever broke after it.
             if policy is not None and policy.version > start:
                 with contextlib.suppress(RayError, TexForceError):
-                    await run.recorder.checkpoint(policy, baseline)
+                    await recorder.checkpoint(policy, baseline)
             if isinstance(error, RayError):
                 raise readable("driver", "fetching a result", error) from None
             raise
@@ -180,7 +221,7 @@ async def _train(config: Config, resume: bool) -> RunResult:
             done = start if policy is None else policy.version
             progress.message("stopping; writing a checkpoint ...")
             if policy is not None:
-                await run.recorder.checkpoint(policy, baseline)
+                await recorder.checkpoint(policy, baseline)
             raise Interrupted(
                 f"stopped after {done} of {config.iterations} iterations; continue with: "
                 f"python -m texforce_ray.run --resume {directory.path}"
@@ -205,12 +246,11 @@ async def _start(run: _Run, checkpoint: Checkpoint | None) -> Policy:
     run.progress.message(f"run directory: {run.config.run_dir}")
     run.progress.message("starting actors (their imports take a moment) ...")
     await run.crew.ready()
-    texts = list(dict.fromkeys(prompt.text for prompt in run.prompts))
-    if cut := await run.crew.count_truncated(texts):
-        run.progress.message(
-            f"warning: {cut} of {len(texts)} prompts are longer than the text encoder's limit; "
-            "their ends are cut off"
-        )
+    run.recorder.truncated, warning = await count_truncated(
+        run.crew, [*run.prompts, *run.eval_prompts]
+    )
+    if warning:
+        run.progress.message(warning)
     policy = await Policy.start(run.crew, run.config, checkpoint)
     if policy.version == 0 and run.config.eval.every:
         await _evaluate(run, policy)

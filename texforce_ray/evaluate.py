@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
 import sys
 from pathlib import Path
@@ -97,6 +96,8 @@ async def _evaluate(
     import ray
 
     from texforce_ray.actors.crew import Crew, connect
+    from texforce_ray.actors.placement import wait_for_room
+    from texforce_ray.collect import count_truncated
     from texforce_ray.driver import check_inputs
     from texforce_ray.evaluation import evaluate
     from texforce_ray.records.files import check_writable
@@ -104,9 +105,13 @@ async def _evaluate(
     _, prompts = check_inputs(config)
     check_writable(out)
     started = connect(config)
+    await wait_for_room(config, learner=False)
     crew = Crew(config, learner=False)
     try:
         await crew.ready()
+        _, warning = await count_truncated(crew, prompts)
+        if warning:
+            print(warning, file=sys.stderr)
         results = {"base": await evaluate(crew, prompts, images, [])}
         for name, folder in adapters.items():
             print(f"evaluating {name} ...", file=sys.stderr)
@@ -159,6 +164,8 @@ def _write(config: Config, results: dict[str, Evaluation], out: Path) -> dict[st
 
 def _print(summary: dict[str, Any], out: Path) -> None:
     """A table, where the files are, and one JSON object in the last line."""
+    from texforce_ray.records.files import to_json
+
     print(f"{summary['images']} images of each policy, same prompts and seeds")
     for label, rewards in summary["means"].items():
         for name, value in rewards.items():
@@ -172,7 +179,7 @@ def _print(summary: dict[str, Any], out: Path) -> None:
                 )
             print(line)
     print(f"results in {out}: summary.json, samples.parquet, comparison.png")
-    print(json.dumps(summary))
+    print(to_json(summary))
 
 
 if __name__ == "__main__":

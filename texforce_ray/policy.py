@@ -6,12 +6,11 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import ray
 from ray import ObjectRef
 
 from texforce_ray.actors.crew import Crew
-from texforce_ray.collect import ScoredBatch
+from texforce_ray.collect import TrainingBatch
 from texforce_ray.config import Config
 from texforce_ray.records.checkpoint import Checkpoint
 
@@ -44,18 +43,17 @@ class Policy:
             return [self._evaluated]
         return [self.snapshots[self.version]]
 
-    async def update(
-        self, crew: Crew, batch: ScoredBatch, advantages: np.ndarray, mask: np.ndarray
-    ) -> dict[str, Any]:
+    async def update(self, crew: Crew, batch: TrainingBatch) -> dict[str, Any]:
         """Train on `batch` and publish the next version; returns the learner's metrics."""
-        stale = batch.policy_version != self.version
+        sampled_with = batch.scored.policy_version
+        stale = sampled_with != self.version
         metrics, (state, snapshot, evaluated) = await crew.update(
             self.version,
-            batch.trajectories,
-            advantages,
-            mask,
+            batch.scored.trajectories,
+            batch.advantages,
+            batch.mask,
             self.state,
-            [self.snapshots[batch.policy_version]] if stale else [],
+            [self.snapshots[sampled_with]] if stale else [],
         )
         self.state, self._evaluated = state, evaluated
         # Nothing is awaited from here on: the version is either the old one or whole.

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from texforce_ray.actors.crew import Crew
-from texforce_ray.collect import ScoredBatch
+from texforce_ray.collect import ScoredBatch, TrainingBatch
 from texforce_ray.config import Config
 from texforce_ray.evaluation import Evaluation
 from texforce_ray.policy import Policy
@@ -23,7 +22,7 @@ from texforce_ray.records.checkpoint import (
     save_checkpoint,
 )
 from texforce_ray.records.model_card import ModelCardInfo
-from texforce_ray.records.run_directory import RunDirectory
+from texforce_ray.records.run_directory import RunDirectory, write_evaluation
 from texforce_ray.rl.baseline import Baseline
 
 
@@ -36,6 +35,7 @@ class Recorder:
         self.reward: float | None = None
         self.samples_per_second: float | None = None
         self.evaluated = float("nan")
+        self.truncated = 0
         self._best: float | None = None
         self._checkpoint_seconds = 0.0
         self._evaluation: dict[str, float] = {}
@@ -58,17 +58,20 @@ class Recorder:
         """Masks of an earlier attempt at this iteration: replayed, so that a repeat is the same."""
         return self.directory.recorded_mask(batch.iteration, batch.seeds)
 
-    def samples(
-        self, batch: ScoredBatch, mask: np.ndarray, total: np.ndarray, advantages: np.ndarray
-    ) -> None:
+    def samples(self, training: TrainingBatch) -> None:
         """The iteration's parquet file; written before the update, so that its masks are kept."""
+        batch = training.scored
         columns: dict[str, Any] = {
             "prompt": list(batch.prompts),
             "seed": batch.seeds,
-            "policy_version": np.full(len(mask), batch.policy_version),
+            "policy_version": np.full(len(batch.seeds), batch.policy_version),
         }
         columns |= dict(zip([f"reward_{n}" for n in self.names], batch.rewards.T, strict=True))
-        columns |= {"total": total, "advantage": advantages, "masked": ~mask}
+        columns |= {
+            "total": training.total,
+            "advantage": training.advantages,
+            "masked": ~training.mask,
+        }
         self.directory.write_samples(batch.iteration, columns)
 
     def evaluation(self, version: int, result: Evaluation) -> None:
@@ -85,25 +88,24 @@ class Recorder:
 
     async def iteration(
         self,
-        batch: ScoredBatch,
-        mask: np.ndarray,
-        total: np.ndarray,
-        advantages: np.ndarray,
+        training: TrainingBatch,
         update: Mapping[str, Any],
         policy: Policy,
         baseline: Baseline,
-        crew: Crew,
+        restarts: int,
     ) -> None:
         """The iteration's line of metrics, then its checkpoint if one is due.
 
         In this order: a line whose checkpoint is missing is written again by a resumed run, but a
         checkpoint whose line is missing would leave a gap for ever.
         """
+        batch, mask, total = training.scored, training.mask, training.total
+        advantages = training.advantages
         seconds = time.perf_counter() - self._began
         self.samples_per_second = len(mask) / seconds
         self.reward = float(total[mask].mean()) if mask.any() else None
         metrics: dict[str, Any] = {
-            "policy_version": policy.version,
+            "policy_version": batch.policy_version,
             "reward/total_mean": self.reward,
             "reward/total_std": float(total[mask].std()) if mask.any() else None,
             **self._reward_metrics(batch),
@@ -116,7 +118,8 @@ class Recorder:
             **self._evaluation,
             "samples_per_second": self.samples_per_second,
             **self._times(seconds, batch, update),
-            "actors/restarts": crew.restarts,
+            "prompts/truncated": self.truncated,
+            "actors/restarts": restarts,
         }
         self.directory.metrics.append(batch.iteration, metrics)
         self._evaluation = {}
@@ -193,6 +196,9 @@ class Recorder:
                 },
                 scores=scores,
                 has_unet=False,
+                evaluated_on="prompts of their own, with seeds never trained on"
+                if config.eval.prompts
+                else "the training prompts, with seeds never trained on",
             ),
         )
         if results is not None:
@@ -204,7 +210,8 @@ class Recorder:
                 }
                 columns[f"{label}_total"] = result.total
             shown = len(base.shown)
-            self.directory.write_evaluation(
+            write_evaluation(
+                self.directory.path / "evaluation",
                 {"rewards": scores},
                 columns,
                 [("base", base.shown), ("tuned", tuned.shown)],

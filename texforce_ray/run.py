@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -122,6 +121,8 @@ def _dry_run(config: Config) -> None:
 
 def _print_result(result: RunResult) -> None:
     """What the run gave and where it lies; the last line is one JSON object for scripts."""
+    from texforce_ray.records.files import to_json
+
     total = result.comparison.get("total", {})
     print(f"\nresults in {result.run_dir}")
     for name, what in (
@@ -142,7 +143,7 @@ def _print_result(result: RunResult) -> None:
     keys = ("base", "tuned", "difference", "low", "high", "images")
     summary: dict[str, object] = {key: _rounded(total.get(key)) for key in keys}
     summary |= {"seconds": round(result.seconds, 1), "run_dir": str(result.run_dir)}
-    print(json.dumps(summary))
+    print(to_json(summary))
 
 
 def _rounded(value: float | None) -> float | None:

@@ -171,12 +171,22 @@ def test_damaged_adapter_is_named(
     assert str(tmp_path) in str(caught.value)
 
 
-def test_adapter_saved_by_stock_peft_can_be_read(tiny_backbone: Load, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": r".*\.0\.self_attn\.[qv]_proj"},
+        {"target_modules": ["q_proj", "fc1"], "use_rslora": True},
+    ],
+)
+def test_adapter_saved_by_stock_peft_can_be_read(
+    tiny_backbone: Load, tmp_path: Path, settings: dict
+) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(
         tiny_backbone().text_encoder,
-        LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=False),
+        LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, **settings),
     )
     model.save_pretrained(tmp_path)
     snapshot = read_adapter(tmp_path)
@@ -184,7 +194,18 @@ def test_adapter_saved_by_stock_peft_can_be_read(tiny_backbone: Load, tmp_path: 
     Adapter(backbone, snapshot.shape, seed=0).load(snapshot)
     ids = backbone.tokenize(PROMPTS).ids[0]
     with torch.no_grad():
-        assert torch.equal(_hidden(backbone), model(ids)[0])
+        assert torch.allclose(_hidden(backbone), model(ids)[0], atol=1e-6)
+
+
+def test_an_adapter_that_is_no_plain_lora_is_refused(tiny_backbone: Load, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    encoder = tiny_backbone().text_encoder
+    get_peft_model(
+        encoder, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"not a plain LoRA adapter.*use_dora"):
+        read_adapter(tmp_path)
 
 
 def test_wrong_rank_is_named(tuned: tuple[Backbone, Adapter], tiny_backbone: Load) -> None:

@@ -21,6 +21,7 @@ from texforce_ray.errors import NumericsError
 from texforce_ray.model.backbone import Backbone
 from texforce_ray.rl import ppo
 from texforce_ray.rl.learner import Learner, UpdateBatch, learning_rate_factor
+from texforce_ray.rl.likelihood import Pairs
 
 Load = Callable[[], Backbone]
 Randomize = Callable[..., None]
@@ -179,9 +180,9 @@ def test_gradient_is_that_of_plain_autograd(
 
 def test_that_comparison_has_pairs_with_and_without_gradient(trained: Callable) -> None:
     learner, batch = trained()
-    pairs = learner._pairs(np.arange(4), SOME_STEPS)
+    pairs = Pairs.of(np.arange(4), SOME_STEPS)
     stored = _anchor(batch)[0][pairs.sample, pairs.step]
-    ratio = (learner._log_probs(batch.trajectory, pairs) - stored).exp()
+    ratio = (learner.likelihood.log_probs(batch.trajectory, pairs) - stored).exp()
     beyond = (ratio - 1) * torch.from_numpy(ADVANTAGES[pairs.sample]).sign()
     ended = beyond > learner.config.ppo.clip_range
     assert 0 < int(ended.sum()) < len(ended)
@@ -211,8 +212,8 @@ def test_decoupled_weights_reach_the_gradient(trained: Callable) -> None:
     learner, batch = trained(ppo={"decoupled": "always", "behaviour_cap": 1.001})
     steps = ALL_STEPS
     anchor, weight = learner._proximal(batch, steps, _anchor(batch)[0])
-    pairs = learner._pairs(np.arange(4), steps)
-    current = learner._log_probs(batch.trajectory, pairs).reshape(4, STEPS)
+    pairs = Pairs.of(np.arange(4), steps)
+    current = learner.likelihood.log_probs(batch.trajectory, pairs).reshape(4, STEPS)
     torch.testing.assert_close(anchor, current, rtol=1e-12, atol=0)
     expected = (current - _anchor(batch)[0]).exp().clamp(max=1.001)
     torch.testing.assert_close(weight, expected, rtol=1e-12, atol=0)
@@ -371,13 +372,13 @@ def test_kl_is_zero_at_the_base_and_pulls_towards_it(
 
 def test_kl_equals_the_divergence_of_the_two_policies(trained: Callable) -> None:
     learner, batch = trained(ppo={"kl_weight": 0.5, "clip_range": 0.9})
-    pairs, totals = learner._pairs(np.arange(4), ALL_STEPS), _totals()
+    pairs, totals = Pairs.of(np.arange(4), ALL_STEPS), _totals()
     learner._shard_gradient(batch, pairs, *_anchor(batch), len(pairs), totals)
 
     def means() -> Tensor:
-        conditioning = learner._encode(batch.trajectory, np.arange(4))
+        conditioning = learner.likelihood.encode(batch.trajectory, np.arange(4))
         where = torch.from_numpy(pairs.sample)
-        return learner._mean(batch.trajectory, pairs, conditioning, where, 4)[0]
+        return learner.likelihood.mean(batch.trajectory, pairs, conditioning, where, 4)[0]
 
     with torch.no_grad():
         tuned = means()
@@ -416,8 +417,8 @@ def test_update_makes_good_samples_likelier(tiny_backbone: Load) -> None:
     learner = Learner(tiny_backbone(), _config(ppo={"timestep_fraction": 1.0, "epochs": 3}))
     batch = _batch(_sample(learner))
     learner.update(batch)
-    pairs = learner._pairs(np.arange(4), ALL_STEPS)
-    gain = learner._log_probs(batch.trajectory, pairs) - _anchor(batch)[0].reshape(-1)
+    pairs = Pairs.of(np.arange(4), ALL_STEPS)
+    gain = learner.likelihood.log_probs(batch.trajectory, pairs) - _anchor(batch)[0].reshape(-1)
     assert float((gain * torch.from_numpy(ADVANTAGES[pairs.sample])).mean()) > 0
 
 
@@ -433,9 +434,9 @@ def test_learning_rate_warms_up_and_decays_to_zero() -> None:
 
 def test_clipped_share_uses_the_configured_range(trained: Callable) -> None:
     learner, batch = trained(ppo={"clip_range": 0.9})
-    pairs, totals = learner._pairs(np.arange(4), ALL_STEPS), _totals()
+    pairs, totals = Pairs.of(np.arange(4), ALL_STEPS), _totals()
     learner._shard_gradient(batch, pairs, *_anchor(batch), len(pairs), totals)
-    current = learner._log_probs(batch.trajectory, pairs)
+    current = learner.likelihood.log_probs(batch.trajectory, pairs)
     stored = _anchor(batch)[0][pairs.sample, pairs.step]
     expected = ppo.clipped_loss(current, stored, torch.zeros(len(pairs)), 0.9)
     totals.grad_norms.append(1.0)

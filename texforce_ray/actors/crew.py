@@ -15,7 +15,6 @@ import ray
 
 from texforce_ray.actors.learner import LearnerActor
 from texforce_ray.actors.messages import ImagePayload, Info, Scores, WorkUnit
-from texforce_ray.actors.placement import wait_for_room
 from texforce_ray.actors.pool import ActorPool, gather
 from texforce_ray.actors.reward import RewardServer
 from texforce_ray.actors.rollout import RolloutActor
@@ -56,11 +55,13 @@ def connect(config: Config) -> bool:
 
 
 class Crew:
-    """Rollout actors, reward servers and a learner, behind methods named for what they do."""
+    """Rollout actors, reward servers and a learner, behind methods named for what they do.
+
+    Await `wait_for_room` before: actors for which there is no room would wait without a word.
+    """
 
     def __init__(self, config: Config, *, learner: bool = True) -> None:
         self.config = config
-        wait_for_room(config, learner=learner)
         r, t = config.rollout, config.learner
         rollouts = [
             self._start(RolloutActor, r, config.rollout.num_threads, config)
@@ -196,12 +197,12 @@ class Crew:
         return files
 
     async def load_adapter(self, directory: Path) -> ray.ObjectRef:
-        """A snapshot ref of an exported adapter."""
+        """A snapshot ref of an exported adapter; only the driver has to see its files."""
+        names = ("adapter_config.json", "adapter_model.safetensors")
+        files = {name: (directory / name).read_bytes() for name in names}
         _, (snapshot,) = await self.rollouts.run(
             f"loading {directory}",
-            lambda actor: actor.load_adapter.options(num_returns=2).remote(
-                str(directory.absolute())
-            ),
+            lambda actor: actor.load_adapter.options(num_returns=2).remote(str(directory), files),
             300.0,
         )
         return snapshot

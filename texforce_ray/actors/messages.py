@@ -15,12 +15,11 @@ ImagePayload = tuple[bytes, tuple[int, int, int, int]]
 class WorkUnit:
     """One batch of samples, fixed by the config alone: whoever draws it draws the same bits.
 
-    first is the index of its first sample within the iteration; seeds: int64 [B].
+    index is its place within the iteration; seeds: int64 [B].
     """
 
     iteration: int
     index: int
-    first: int
     prompts: tuple[str, ...]
     metadata: tuple[dict[str, Any], ...]
     seeds: np.ndarray
@@ -34,7 +33,6 @@ class Info(NamedTuple):
     """Small facts about a finished task, the only part that the driver fetches."""
 
     seconds: float
-    truncated: int = 0
 
 
 class Scores(NamedTuple):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from texforce_ray.config import Config
@@ -46,12 +48,20 @@ def totals(asked: list[Request]) -> dict[str, float]:
     return summed
 
 
-def wait_for_room(config: Config, *, learner: bool = True) -> None:
+def fits_a_node(request: Request, nodes: Sequence[dict[str, float]]) -> bool:
+    """Whether some node, empty, could hold one actor of the request."""
+    return any(
+        all(node.get(name, 0) + 1e-6 >= amount for name, amount in request.resources.items())
+        for node in nodes
+    )
+
+
+async def wait_for_room(config: Config, *, learner: bool = True) -> None:
     """Return once the cluster has room for all actors.
 
     Raises:
-        ResourceError: saying what was asked for and what there is, at once if the cluster is too
-            small and after `ray.resource_timeout_s` if others use it.
+        ResourceError: after `ray.resource_timeout_s` (a node may be about to join, another job
+            about to end), saying what was asked for and what there is.
     """
     import ray
 
@@ -61,17 +71,19 @@ def wait_for_room(config: Config, *, learner: bool = True) -> None:
     while True:
         free = ray.available_resources()
         missing = [name for name, amount in needed.items() if free.get(name, 0) + 1e-6 < amount]
-        if not missing:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        too_large = [request for request in asked if not fits_a_node(request, nodes)]
+        if not missing and not too_large:
             return
         if time.monotonic() > deadline:
             break
-        time.sleep(0.5)
+        await asyncio.sleep(0.5)
     whole = ray.cluster_resources()
     lines = [
         f"  {name}: asked {needed[name]:g}, free {free.get(name, 0):g}, "
         f"cluster has {whole.get(name, 0):g}"
         for name in missing
-    ]
+    ] + [f"  no single node is large enough for {request}" for request in too_large]
     raise ResourceError(
         "\n".join(
             [

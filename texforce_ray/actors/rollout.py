@@ -93,11 +93,14 @@ class RolloutActor:
             export_adapter(ray.get(policy[0]), Path(folder), self.config.model.path)
             return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
 
-    def load_adapter(self, directory: str) -> tuple[None, PolicySnapshot]:
-        """Read an exported adapter that this actor's node can see."""
+    def load_adapter(self, origin: str, files: dict[str, bytes]) -> tuple[None, PolicySnapshot]:
+        """Read an exported adapter; `origin` is the name that errors give it."""
         from texforce_ray.model.adapter import read_adapter
 
-        return None, read_adapter(Path(directory))
+        with tempfile.TemporaryDirectory() as folder:
+            for name, data in files.items():
+                (Path(folder) / name).write_bytes(data)
+            return None, read_adapter(Path(folder), origin)
 
     def _pull(self, policy: Sequence[ObjectRef]) -> None:
         """Load the task's policy, if it is not the loaded one: a restarted actor heals itself."""
@@ -106,6 +109,7 @@ class RolloutActor:
         wanted = policy[0].hex() if policy else None
         if wanted == self._loaded:
             return
+        self._loaded = "nothing whole"  # if loading fails half-way, the next task loads again
         if wanted is None:
             self._remove()
         else:

@@ -146,23 +146,39 @@ def export_adapter(snapshot: PolicySnapshot, directory: Path, base: str) -> None
     )
 
 
-def read_adapter(directory: Path) -> PolicySnapshot:
-    """Read an exported adapter directory (PEFT's files) back.
+def read_adapter(directory: Path, origin: str | None = None) -> PolicySnapshot:
+    """Read an adapter directory in PEFT's format, ours or another's.
+
+    Args:
+        directory: where `adapter_config.json` and `adapter_model.safetensors` are.
+        origin: how errors name it; default: `directory`.
 
     Raises:
-        ConfigError: the directory does not hold a LoRA adapter, or a damaged one.
+        ConfigError: not a LoRA adapter, a damaged one, or a variant that is not plain LoRA.
     """
+    origin = origin or str(directory)
     weights = directory / "adapter_model.safetensors"
     if not weights.is_file() or not (directory / "adapter_config.json").is_file():
         raise ConfigError(
-            f"{directory} is not an adapter: it should hold adapter_config.json and "
+            f"{origin} is not an adapter: it should hold adapter_config.json and "
             "adapter_model.safetensors"
         )
     try:
         config, loaded = LoraConfig.from_pretrained(str(directory)), load_file(weights)
     except (OSError, TypeError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"{directory} holds a damaged adapter: {error}") from error
+        raise ConfigError(f"{origin} holds a damaged adapter: {error}") from error
     tensors = {k.removeprefix("base_model.model."): v.float().numpy() for k, v in loaded.items()}
-    targets = tuple(sorted(config.target_modules or ()))
-    shape = LoraShape(config.r, float(config.lora_alpha), targets)
+    variants = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "use_qalora")
+    if found := [name for name in variants if getattr(config, name, None)]:
+        raise ConfigError(
+            f"{origin} is not a plain LoRA adapter (it sets {', '.join(found)}); plain LoRA of one "
+            "rank and alpha is supported"
+        )
+    named = config.target_modules
+    if isinstance(named, str) or not named:  # a regular expression: the tensors say what it meant
+        named = {key.partition(".lora_")[0] for key in tensors}
+    targets = tuple(sorted(named))
+    # rsLoRA scales by alpha / sqrt(r) where LoRA scales by alpha / r.
+    alpha = float(config.lora_alpha) * (config.r**0.5 if config.use_rslora else 1.0)
+    shape = LoraShape(config.r, alpha, targets)
     return PolicySnapshot(0, shape, {TEXT_ENCODER: tensors})

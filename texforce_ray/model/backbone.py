@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -27,15 +27,13 @@ class Conditioning:
     time_ids: Tensor | None = None
 
     def __getitem__(self, index: Tensor) -> Conditioning:
-        return self._map(lambda t: t[index])
-
-    def detach(self) -> Conditioning:
-        return self._map(Tensor.detach)
+        return self.map(lambda t: t[index])
 
     def tensors(self) -> list[Tensor]:
         return [t for f in fields(self) if (t := getattr(self, f.name)) is not None]
 
-    def _map(self, function: Any) -> Conditioning:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        """The same with `function` applied to every tensor there is."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         mapped: Any = {k: None if v is None else function(v) for k, v in values.items()}
         return Conditioning(**mapped)

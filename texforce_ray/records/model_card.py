@@ -27,6 +27,7 @@ class ModelCardInfo:
         settings: further settings to list.
         scores: per reward "base", "tuned", "difference", "low", "high", "images"; may be empty.
         has_unet: whether the adapter changes the U-Net too.
+        evaluated_on: which prompts and seeds gave the scores.
     """
 
     base_model: str
@@ -39,6 +40,7 @@ class ModelCardInfo:
     settings: Mapping[str, object]
     scores: Mapping[str, Mapping[str, Any]]
     has_unet: bool
+    evaluated_on: str = "held-out prompts"
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -120,7 +122,7 @@ def _scores(info: ModelCardInfo) -> str:
         interval = f"{_number(score.get('low'))} to {_number(score.get('high'))}"
         cells = (_inline(name), *shown, interval, _number(score.get("images")))
         lines.append(f"| {' | '.join(cells)} |")
-    return "## Scores on held-out prompts\n\n" + "\n".join(lines)
+    return f"## Scores\n\nOn {_inline(info.evaluated_on)}.\n\n" + "\n".join(lines)
 
 
 def _python(*lines: str) -> str:

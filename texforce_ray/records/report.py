@@ -132,7 +132,7 @@ def _evaluation(directory: Path) -> str:
     picture = _picture(directory / "comparison.png", "Same prompts and seeds, base and tuned")
     if not table and not picture:
         return ""
-    return f"<section><h2>Evaluation on held-out prompts</h2>{table}{picture}</section>"
+    return f"<section><h2>Evaluation: base and tuned</h2>{table}{picture}</section>"
 
 
 def _score_table(path: Path) -> str:

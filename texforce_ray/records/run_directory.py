@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,12 @@ import numpy as np
 from texforce_ray.config import Config
 from texforce_ray.config_io import load_config, to_yaml
 from texforce_ray.errors import ConfigError, RunDirectoryError
-from texforce_ray.records.files import atomic_write_bytes, atomic_write_text, check_writable
+from texforce_ray.records.files import (
+    atomic_write_bytes,
+    atomic_write_text,
+    check_writable,
+    to_json,
+)
 from texforce_ray.records.images import comparison, grid, save_png
 from texforce_ray.records.metrics import MetricsLog
 from texforce_ray.records.model_card import ModelCardInfo, model_card
@@ -24,18 +32,18 @@ log = logging.getLogger(__name__)
 
 
 class RunDirectory:
-    """Writes a run's files; `start` iterations are already done."""
+    """Writes a run's files; `start` iterations are already done. Holds the directory's lock."""
 
-    def __init__(self, path: Path, start: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, lock: int, start: int) -> None:
+        self.path, self._lock = path, lock
         self.metrics = MetricsLog(path, resume_from=start)
 
     @staticmethod
-    def create(config: Config) -> RunDirectory:
+    def create(config: Config, prompts_digest: str) -> RunDirectory:
         """Start a new run's directory.
 
         Raises:
-            RunDirectoryError: not writable, or there is a run already.
+            RunDirectoryError: not writable, in use, or there is a run already.
         """
         path = Path(config.run_dir)
         if any((path / name).exists() for name in ("metrics.jsonl", "samples", "checkpoints")):
@@ -44,16 +52,23 @@ class RunDirectory:
                 "run_dir"
             )
         check_writable(path)
+        lock = _acquire(path)
         atomic_write_text(path / "config.yaml", to_yaml(config))
-        return RunDirectory(path, start=0)
+        atomic_write_text(path / "inputs.json", json.dumps({"prompts": prompts_digest}) + "\n")
+        return RunDirectory(path, lock, start=0)
 
     @staticmethod
     def reopen(config: Config, start: int) -> RunDirectory:
-        """Continue a run's directory after `start` iterations."""
+        """Continue a run's directory after `start` iterations.
+
+        Raises:
+            RunDirectoryError: not writable, or in use.
+        """
         path = Path(config.run_dir)
         check_writable(path)
+        lock = _acquire(path)
         atomic_write_text(path / "config.yaml", to_yaml(config))
-        return RunDirectory(path, start)
+        return RunDirectory(path, lock, start)
 
     def recorded_mask(self, iteration: int, seeds: np.ndarray) -> np.ndarray:
         """bool [N], False for samples that an earlier attempt at this iteration masked for good."""
@@ -91,23 +106,28 @@ class RunDirectory:
         atomic_write_text(folder / "README.md", model_card(card))
         return folder
 
-    def write_evaluation(
-        self,
-        summary: Mapping[str, Any],
-        columns: Mapping[str, Any],
-        rows: Sequence[tuple[str, np.ndarray]],
-        titles: Sequence[str],
-        scores: Sequence[Sequence[float]],
-    ) -> None:
-        """evaluation/: summary.json, samples.parquet, comparison.png."""
-        write_evaluation(self.path / "evaluation", summary, columns, rows, titles, scores)
-
     def report(self) -> Path:
         """report.html, from what lies in the directory."""
         return write_report(self.path)
 
     def close(self) -> None:
         self.metrics.close()
+        os.close(self._lock)
+
+
+def _acquire(path: Path) -> int:
+    """Lock a run directory against a second writer; the lock ends with the process."""
+    descriptor = os.open(path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise RunDirectoryError(
+            f"{path} is being written by another run; wait for it to end, or choose another run_dir"
+        ) from None
+    except OSError as error:  # file systems without locks: the run matters more
+        log.warning("cannot lock %s (%s): start no second run in it", path, error)
+    return descriptor
 
 
 def write_evaluation(
@@ -119,7 +139,7 @@ def write_evaluation(
     scores: Sequence[Sequence[float]],
 ) -> None:
     """Write an evaluation's summary.json, samples.parquet and comparison.png into `folder`."""
-    atomic_write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    atomic_write_text(folder / "summary.json", to_json(summary, indent=2) + "\n")
     atomic_write_bytes(folder / "samples.parquet", to_parquet(columns))
     save_png(folder / "comparison.png", comparison(rows, titles, scores=scores))
 
@@ -143,10 +163,24 @@ def read_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
     return now
 
 
-def check_resumable(config: Config) -> None:
-    """Raise RunDirectoryError unless `config.run_dir` is a run of the same configuration."""
+def check_resumable(config: Config, prompts_digest: str) -> None:
+    """Raise RunDirectoryError unless `config.run_dir` is a run of the same config and prompts."""
     path = Path(config.run_dir)
     check_same(read_config(path), config, path)
+    try:
+        before = json.loads((path / "inputs.json").read_text())["prompts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # damaged or of an earlier version: the config has been compared
+    if before != prompts_digest:
+        raise RunDirectoryError(
+            f"the prompts of {path} have changed since it started (prompts.train or eval.prompts); "
+            "put the old file back, or start a new run"
+        )
+
+
+def digest(prompts: Sequence[Any]) -> str:
+    """SHA-256 of prompts with their metadata."""
+    return hashlib.sha256(repr(list(prompts)).encode()).hexdigest()
 
 
 def check_same(before: Config, now: Config, run_dir: Path) -> None:

@@ -18,13 +18,13 @@ from torch import Tensor
 from texforce_ray import randomness
 from texforce_ray.config import Config
 from texforce_ray.diffusion import ddim
-from texforce_ray.diffusion.sampler import encode_for_guidance, policy_mean
 from texforce_ray.diffusion.trajectory import Trajectory
 from texforce_ray.errors import NumericsError
 from texforce_ray.model.adapter import TEXT_ENCODER, Adapter
 from texforce_ray.model.backbone import Backbone, Conditioning
 from texforce_ray.model.snapshot import LearnerState, LoraShape, PolicySnapshot
 from texforce_ray.rl import ppo
+from texforce_ray.rl.likelihood import Likelihood, Pairs
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,6 @@ class UpdateBatch:
     mask: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """(sample, step) pairs, sample-major: int64 [P] each."""
-
-    sample: np.ndarray
-    step: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.sample)
-
-    def __getitem__(self, index: slice) -> _Pairs:
-        return _Pairs(self.sample[index], self.step[index])
-
-
 class Learner:
     """PPO on the text encoder's LoRA adapter."""
 
@@ -58,6 +44,12 @@ class Learner:
         self.table = ddim.step_table(
             backbone.scheduler, config.diffusion.steps, config.diffusion.eta
         ).to(backbone.device)
+        self.likelihood = Likelihood(
+            backbone,
+            self.table,
+            config.diffusion.guidance_scale,
+            config.learner.microbatch_size,
+        )
         lora = config.lora
         self.adapter = Adapter(
             backbone, LoraShape(lora.rank, lora.alpha, lora.target_modules), config.seed
@@ -147,7 +139,7 @@ class Learner:
             config.trained_timesteps,
         )
         parts = self._minibatches(batch, epoch=0)
-        error = self._ratio_error(batch, self._pairs(parts[0], steps), behaviour)
+        error = self._ratio_error(batch, Pairs.of(parts[0], steps), behaviour)
         if not error <= config.max_ratio_error:
             raise NumericsError(
                 f"learner and sampler disagree: |ratio - 1| = {error:.2e} on the first pass of "
@@ -181,17 +173,13 @@ class Learner:
             config.seed, self.version, epoch, len(batch.trajectory), config.ppo.num_minibatches
         )
 
-    @staticmethod
-    def _pairs(rows: np.ndarray, steps: np.ndarray) -> _Pairs:
-        return _Pairs(np.repeat(rows, steps.shape[1]), steps[rows].reshape(-1))
-
     def _ratio_error(
-        self, batch: UpdateBatch, pairs: _Pairs, behaviour: PolicySnapshot | None
+        self, batch: UpdateBatch, pairs: Pairs, behaviour: PolicySnapshot | None
     ) -> float:
         own = self.adapter.snapshot(self.version)
         if behaviour is not None:
             self.adapter.load(behaviour)
-        log_probs = self._log_probs(batch.trajectory, pairs)
+        log_probs = self.likelihood.log_probs(batch.trajectory, pairs)
         if behaviour is not None:
             self.adapter.load(own)
         return ppo.ratio_error(log_probs.cpu(), _stored(batch.trajectory, pairs))
@@ -201,8 +189,8 @@ class Learner:
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the current policy, and decoupled PPO's weights: [N, T] each."""
         anchor = stored.clone()
-        pairs = self._pairs(np.arange(len(batch.trajectory)), steps)
-        anchor[pairs.sample, pairs.step] = self._log_probs(batch.trajectory, pairs).cpu()
+        pairs = Pairs.of(np.arange(len(batch.trajectory)), steps)
+        anchor[pairs.sample, pairs.step] = self.likelihood.log_probs(batch.trajectory, pairs).cpu()
         return anchor, ppo.behaviour_weight(anchor, stored, self.config.ppo.behaviour_cap)
 
     def _step(
@@ -221,7 +209,7 @@ class Learner:
         for shard in np.split(rows, self.config.learner.gradient_shards):
             kept = shard[batch.mask[shard]]
             if len(kept):
-                pairs = self._pairs(kept, steps)
+                pairs = Pairs.of(kept, steps)
                 parts = self._shard_gradient(batch, pairs, anchor, weight, valid, totals)
                 gradient = [g + part for g, part in zip(gradient, parts, strict=True)]
         for parameter, value in zip(self.parameters, gradient, strict=True):
@@ -247,7 +235,7 @@ class Learner:
     def _shard_gradient(
         self,
         batch: UpdateBatch,
-        pairs: _Pairs,
+        pairs: Pairs,
         anchor: Tensor,
         weight: Tensor,
         valid: int,
@@ -257,13 +245,13 @@ class Learner:
         trajectory, device = batch.trajectory, self.backbone.device
         rows, local = np.unique(pairs.sample, return_inverse=True)
         with torch.enable_grad():
-            encoded = self._encode(trajectory, rows)
-            leaf = encoded._map(lambda t: t.detach().requires_grad_())
+            encoded = self.likelihood.encode(trajectory, rows)
+            leaf = encoded.map(lambda t: t.detach().requires_grad_())
             reference = self._reference(trajectory, rows)
-            for chunk in self._chunks(len(pairs)):
+            for chunk in pairs.chunks(self.config.learner.microbatch_size):
                 part, where = pairs[chunk], torch.from_numpy(local[chunk])
-                mean, step = self._mean(trajectory, part, leaf, where, len(rows))
-                log_prob = self._density(trajectory, part, step, mean)
+                mean, step = self.likelihood.mean(trajectory, part, leaf, where, len(rows))
+                log_prob = self.likelihood.density(trajectory, part, step, mean)
                 index = (torch.from_numpy(part.sample), torch.from_numpy(part.step))
                 result = ppo.clipped_loss(
                     log_prob,
@@ -275,77 +263,28 @@ class Learner:
                 loss = result.loss.sum()
                 if reference is not None:
                     with torch.no_grad():
-                        base, _ = self._mean(trajectory, part, reference, where, len(rows))
+                        base, _ = self.likelihood.mean(
+                            trajectory, part, reference, where, len(rows)
+                        )
                     kl = ddim.step_kl(self.table, step, mean, base)
                     loss = loss + self.config.ppo.kl_weight * kl.sum()
-                    totals.kl_base += float(kl.detach().sum())
+                    totals.kl_base = (totals.kl_base or 0.0) + float(kl.detach().sum())
                 (loss / valid).backward()
                 totals.add(result)
             outputs = encoded.tensors()
             grads = [t.grad for t in leaf.tensors()]
             return list(torch.autograd.grad(outputs, self.parameters, grads))
 
-    # ---- forward passes ------------------------------------------------------------------
-
-    def _encode(self, trajectory: Trajectory, rows: np.ndarray) -> Conditioning:
-        ids = tuple(torch.from_numpy(part[rows]) for part in trajectory.prompt_ids)
-        return encode_for_guidance(self.backbone, ids, self.config.diffusion.guidance_scale)
-
     @torch.no_grad()
     def _reference(self, trajectory: Trajectory, rows: np.ndarray) -> Conditioning | None:
+        """The base policy's embeddings, where a KL to it is asked for."""
         if not self.config.ppo.kl_weight:
             return None
         with self.adapter.disabled():
-            return self._encode(trajectory, rows)
-
-    def _chunks(self, count: int) -> Iterator[slice]:
-        size = self.config.learner.microbatch_size
-        for first in range(0, count, size):
-            yield slice(first, min(first + size, count))
-
-    def _mean(
-        self,
-        trajectory: Trajectory,
-        pairs: _Pairs,
-        conditioning: Conditioning,
-        where: Tensor,
-        rows: int,
-    ) -> tuple[Tensor, Tensor]:
-        """The policy's mean at each pair, float32 [P, C, h, w], and its step, int64 [P].
-
-        `where` (int64 [P]) says which of the `rows` prompts in `conditioning` a pair belongs to.
-        """
-        backbone, scale = self.backbone, self.config.diffusion.guidance_scale
-        # Empty prompts come first where there is guidance: see encode_for_guidance.
-        index = torch.cat([where, where + rows]) if scale > 1 else where
-        step = torch.from_numpy(pairs.step).to(backbone.device)
-        x = self._latents(trajectory, pairs.sample, pairs.step).to(backbone.dtype)
-        chosen = conditioning[index.to(backbone.device)]
-        mean = policy_mean(backbone, self.table, step, x, chosen, scale)
-        return mean.float(), step
-
-    def _density(self, trajectory: Trajectory, pairs: _Pairs, step: Tensor, mean: Tensor) -> Tensor:
-        following = self._latents(trajectory, pairs.sample, pairs.step + 1)
-        return ddim.log_prob(self.table, step, following.float(), mean)
-
-    def _latents(self, trajectory: Trajectory, sample: np.ndarray, step: np.ndarray) -> Tensor:
-        return torch.from_numpy(trajectory.latents[sample, step]).to(self.backbone.device)
-
-    @torch.no_grad()
-    def _log_probs(self, trajectory: Trajectory, pairs: _Pairs) -> Tensor:
-        """Log-probabilities under the current weights, float32 [P], without gradient."""
-        rows, local = np.unique(pairs.sample, return_inverse=True)
-        conditioning = self._encode(trajectory, rows)
-        parts = []
-        for chunk in self._chunks(len(pairs)):
-            part = pairs[chunk]
-            where = torch.from_numpy(local[chunk])
-            mean, step = self._mean(trajectory, part, conditioning, where, len(rows))
-            parts.append(self._density(trajectory, part, step, mean))
-        return torch.cat(parts)
+            return self.likelihood.encode(trajectory, rows)
 
 
-def _stored(trajectory: Trajectory, pairs: _Pairs) -> Tensor:
+def _stored(trajectory: Trajectory, pairs: Pairs) -> Tensor:
     return torch.from_numpy(trajectory.log_probs[pairs.sample, pairs.step])
 
 
@@ -366,7 +305,7 @@ class _Totals:
     def __init__(self) -> None:
         self.count = 0
         self.sums = {"ppo/loss": 0.0, "ppo/approx_kl": 0.0, "ppo/clipfrac": 0.0, "ppo/ratio": 0.0}
-        self.kl_base = 0.0
+        self.kl_base: float | None = None  # unless it is computed
         self.grad_norms: list[float] = []
 
     def add(self, result: ppo.PpoLoss) -> None:
@@ -377,8 +316,12 @@ class _Totals:
 
     def metrics(self) -> dict:
         count = max(1, self.count)
-        return {name: value / count for name, value in self.sums.items()} | {
-            "ppo/kl_base": self.kl_base / count,
-            "ppo/trained_pairs": self.count,
-            "learner/grad_norm": float(np.mean(self.grad_norms)),
-        }
+        kl = {} if self.kl_base is None else {"ppo/kl_base": self.kl_base / count}
+        return (
+            {name: value / count for name, value in self.sums.items()}
+            | kl
+            | {
+                "ppo/trained_pairs": self.count,
+                "learner/grad_norm": float(np.mean(self.grad_norms)),
+            }
+        )

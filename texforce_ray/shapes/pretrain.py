@@ -1,8 +1,9 @@
 """Pre-train the embedded latent-diffusion pipeline: `python -m texforce_ray.shapes.pretrain`.
 
-Three stages, each resumable, all a pure function of the seed on one kind of machine: a VAE; the
-latents of a fixed set of drawings; a U-Net together with its CLIP text encoder on noisy captions.
-The result is a directory that loads as a stock `StableDiffusionPipeline`.
+A VAE first, then rounds: the latents of a fixed set of drawings, and on them a U-Net together with
+its CLIP text encoder under noisy captions. A later round goes on from the exported (fp16) weights
+of the one before, on drawings of its own. Every stage is resumable and all are a pure function of
+the seed on one kind of machine. The result loads as a stock `StableDiffusionPipeline`.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ class Recipe:
     kl_weight: float = 1e-5
     drawings: int = 32_000
     steps: int = 5000
+    refine_steps: int = 4500
     batch: int = 64
     lr: float = 1e-3
+    refine_lr: float = 8e-4
     warmup: int = 200
     ema_decay: float = 0.998
     caption_swap: float = 0.25
@@ -125,8 +128,9 @@ def _cosine(step: int, steps: int, warmup: int) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * progress))
 
 
-def _steps(stage: _Stage, steps: int, save_every: int, title: str) -> Iterator[tuple[int, tqdm]]:
-    start = stage.load()
+def _steps(
+    stage: _Stage, start: int, steps: int, save_every: int, title: str
+) -> Iterator[tuple[int, tqdm]]:
     with tqdm(range(start, steps), initial=start, total=steps, desc=title, mininterval=5) as bar:
         for step in bar:
             yield step, bar
@@ -152,7 +156,8 @@ def train_vae(recipe: Recipe, work: Path) -> AutoencoderKL:
     parameters = list(vae.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
     stage = _Stage(work / "vae", {"vae": vae}, optimizer)
-    for step, bar in _steps(stage, recipe.vae_steps, recipe.save_every, "VAE"):
+    start = stage.load()
+    for step, bar in _steps(stage, start, recipe.vae_steps, recipe.save_every, "VAE"):
         first = step * recipe.vae_batch
         # Drawings of this stage have indices of their own (odd seeds), never the U-Net's.
         indices = range(first, first + recipe.vae_batch)
@@ -176,17 +181,31 @@ def train_vae(recipe: Recipe, work: Path) -> AutoencoderKL:
     return vae.eval()
 
 
+@dataclass
+class Round:
+    """One pass of U-Net training: where it works, what it sees, what it starts from."""
+
+    work: Path
+    first_drawing: int
+    stream: int
+    steps: int
+    lr: float
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+
+
 @torch.no_grad()
-def encode_drawings(recipe: Recipe, work: Path, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
-    """Stage 2: posterior mean and standard deviation, float32 [N, 4, 8, 8] each."""
-    path = work / "latents.safetensors"
+def encode_drawings(recipe: Recipe, this: Round) -> tuple[Tensor, Tensor]:
+    """Posterior mean and standard deviation of a round's drawings, float32 [N, 4, 8, 8] each."""
+    path = this.work / "latents.safetensors"
     if not path.exists():
+        this.work.mkdir(parents=True, exist_ok=True)
         means, stds = [], []
         for first in tqdm(range(0, recipe.drawings, 64), desc="latents", mininterval=5):
             indices = range(first, min(first + 64, recipe.drawings))
-            posterior = vae.encode(
-                _pixels([data.draw(2 * recipe.seed, i).image for i in indices])
-            ).latent_dist
+            images = [data.draw(2 * recipe.seed, this.first_drawing + i).image for i in indices]
+            posterior = this.vae.encode(_pixels(images)).latent_dist
             means.append(posterior.mean.contiguous())
             stds.append(posterior.std.contiguous())
         temporary = path.with_suffix(".tmp")
@@ -196,31 +215,34 @@ def encode_drawings(recipe: Recipe, work: Path, vae: AutoencoderKL) -> tuple[Ten
     return tensors["mean"], tensors["std"]
 
 
-def _captioners(recipe: Recipe) -> list[Callable[[np.random.Generator, float], str]]:
-    indices = tqdm(range(recipe.drawings), desc="captions", mininterval=5)
-    return [data.draw(2 * recipe.seed, i).caption for i in indices]
+def _captioners(recipe: Recipe, this: Round) -> list[Callable[[np.random.Generator, float], str]]:
+    indices = range(this.first_drawing, this.first_drawing + recipe.drawings)
+    bar = tqdm(indices, desc="captions", mininterval=5)
+    return [data.draw(2 * recipe.seed, i).caption for i in bar]
 
 
 def train_unet(
-    recipe: Recipe, work: Path, latents: tuple[Tensor, Tensor], tokenizer: CLIPTokenizer
-) -> tuple[UNet2DConditionModel, CLIPTextModel, float]:
-    """Stage 3: noise prediction on noisy captions; returns EMA weights and the scaling factor."""
-    torch.manual_seed(recipe.seed + 1)
-    unet = build_unet().to(memory_format=torch.channels_last)
-    text_encoder = build_text_encoder(tokenizer).train()
+    recipe: Recipe,
+    this: Round,
+    latents: tuple[Tensor, Tensor],
+    scaling: float,
+    tokenizer: CLIPTokenizer,
+) -> None:
+    """Noise prediction on noisy captions; leaves the round's U-Net and encoder with EMA weights."""
+    unet = this.unet.to(memory_format=torch.channels_last).train()
+    text_encoder = this.text_encoder.train()
     mean, std = latents
-    scaling = 1 / float((mean.var() + std.square().mean()).sqrt())
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=1e-3)
     averages = EMAModel(parameters, decay=recipe.ema_decay)
-    stage = _Stage(work / "unet", {"unet": unet, "text_encoder": text_encoder}, optimizer)
-    captioners = _captioners(recipe)
+    stage = _Stage(this.work / "unet", {"unet": unet, "text_encoder": text_encoder}, optimizer)
+    if start := stage.load():
+        averages.shadow_params = [stage.extra[f"ema.{i}"] for i in range(len(parameters))]
+        averages.optimization_step = start
+    captioners = _captioners(recipe, this)
     alphas = build_scheduler().alphas_cumprod
-    for step, bar in _steps(stage, recipe.steps, recipe.save_every, "U-Net"):
-        if stage.extra and averages.optimization_step == 0:
-            averages.shadow_params = [stage.extra[f"ema.{i}"] for i in range(len(parameters))]
-            averages.optimization_step = step
-        rng = np.random.default_rng([recipe.seed, 1, step])
+    for step, bar in _steps(stage, start, this.steps, recipe.save_every, "U-Net"):
+        rng = np.random.default_rng([recipe.seed, this.stream, step])
         torch_rng = torch.Generator().manual_seed(int(rng.integers(2**62)))
         chosen = rng.integers(recipe.drawings, size=recipe.batch)
         captions = [
@@ -236,13 +258,40 @@ def train_unet(
         noisy = alpha.sqrt() * x * scaling + (1 - alpha).sqrt() * noise
         hidden = text_encoder(ids.input_ids).last_hidden_state
         loss = (unet(noisy, t, hidden).sample - noise).square().mean()
-        lr = recipe.lr * _cosine(step, recipe.steps, recipe.warmup)
+        lr = this.lr * _cosine(step, this.steps, recipe.warmup)
         _update(optimizer, parameters, loss, lr)
         averages.step(parameters)
         stage.extra = {f"ema.{i}": p for i, p in enumerate(averages.shadow_params)}
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     averages.copy_to(parameters)
-    return unet.eval(), text_encoder.eval(), scaling
+    unet.eval()
+    text_encoder.eval()
+
+
+def train_round(recipe: Recipe, this: Round, tokenizer: CLIPTokenizer, out: Path) -> None:
+    """Train a round to its end and write its pipeline to `out`."""
+    latents = encode_drawings(recipe, this)
+    scaling = this.vae.config.scaling_factor
+    if this.first_drawing == 0:
+        mean, std = latents
+        scaling = 1 / float((mean.var() + std.square().mean()).sqrt())
+    train_unet(recipe, this, latents, scaling, tokenizer)
+    export(out, this.vae, this.unet, this.text_encoder, tokenizer, scaling, recipe)
+
+
+def refinement(recipe: Recipe, work: Path, pipeline: Path) -> Round:
+    """The round that goes on from an exported pipeline's weights."""
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline, torch_dtype=torch.float32)
+    return Round(
+        work,
+        recipe.drawings,
+        2,
+        recipe.refine_steps,
+        recipe.refine_lr,
+        pipe.vae,
+        pipe.unet,
+        pipe.text_encoder,
+    )
 
 
 def export(
@@ -283,16 +332,22 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     arguments = vars(parser.parse_args())
     out, work = arguments.pop("out"), arguments.pop("work")
-    work = work or out.with_name(out.name + ".work")
-    recipe = Recipe(**arguments)
+    pretrain(Recipe(**arguments), out, work or out.with_name(out.name + ".work"))
+    print(f"pipeline written to {out}")
+
+
+def pretrain(recipe: Recipe, out: Path, work: Path) -> None:
+    """Train a pipeline from nothing into `out`; `work` keeps the state for resuming."""
     work.mkdir(parents=True, exist_ok=True)
     _check_recipe(recipe, work / "recipe.json")
     tokenizer = build_tokenizer(vocabulary())
     vae = train_vae(recipe, work)
-    latents = encode_drawings(recipe, work, vae)
-    unet, text_encoder, scaling = train_unet(recipe, work, latents, tokenizer)
-    export(out, vae, unet, text_encoder, tokenizer, scaling, recipe)
-    print(f"pipeline written to {out}")
+    torch.manual_seed(recipe.seed + 1)
+    unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
+    first = Round(work, 0, 1, recipe.steps, recipe.lr, vae, unet, text_encoder)
+    if not (work / "first" / "recipe.json").exists():  # an export's last file
+        train_round(recipe, first, tokenizer, work / "first")
+    train_round(recipe, refinement(recipe, work / "refined", work / "first"), tokenizer, out)
 
 
 def _check_recipe(recipe: Recipe, path: Path) -> None:

@@ -1,0 +1,60 @@
+"""Pre-training of the embedded pipeline can be killed at any step and gives the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from texforce_ray.shapes import pretrain
+from texforce_ray.shapes.pretrain import Recipe
+
+# Two saves in each stage, and odd counts: a stop may fall between them.
+TINY = Recipe(
+    vae_steps=3, vae_batch=2, drawings=8, steps=3, refine_steps=3, batch=2, warmup=1, save_every=2
+)
+
+
+def _weights(directory: Path) -> dict[str, np.ndarray]:
+    return {
+        f"{file.parent.name}/{key}": value
+        for file in directory.rglob("*.safetensors")
+        for key, value in load_file(file).items()
+    }
+
+
+def test_a_killed_pretraining_goes_on_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain.pretrain(TINY, tmp_path / "whole", tmp_path / "whole.work")
+    updates, done = pretrain._update, 0
+
+    def dies_after(count: int) -> None:
+        def update(*arguments: object) -> None:
+            nonlocal done
+            if done == count:
+                raise KeyboardInterrupt
+            done += 1
+            updates(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(pretrain, "_update", update)
+
+    # Kills in the VAE, in the first round and in the refinement; each loses at most one step.
+    for count in (1, 2, 6, 8, 11):
+        dies_after(count)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.pretrain(TINY, tmp_path / "killed", tmp_path / "killed.work")
+    monkeypatch.setattr(pretrain, "_update", updates)
+    pretrain.pretrain(TINY, tmp_path / "killed", tmp_path / "killed.work")
+    whole, killed = _weights(tmp_path / "whole"), _weights(tmp_path / "killed")
+    assert whole.keys() == killed.keys()
+    assert all(np.array_equal(whole[key], killed[key]) for key in whole)
+
+
+def test_a_resumed_pretraining_must_keep_its_recipe(tmp_path: Path) -> None:
+    pretrain._check_recipe(TINY, tmp_path / "recipe.json")
+    pretrain._check_recipe(TINY, tmp_path / "recipe.json")
+    with pytest.raises(SystemExit, match=r"other values of seed"):
+        pretrain._check_recipe(Recipe(seed=1), tmp_path / "recipe.json")

@@ -1,0 +1,102 @@
+"""The current policy's likelihood of sampled trajectories: the learner's forward passes.
+
+(sample, step) pairs of a trajectory are folded into one large batch, whatever their timesteps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from texforce_ray.diffusion import ddim
+from texforce_ray.diffusion.sampler import encode_for_guidance, policy_mean
+from texforce_ray.diffusion.trajectory import Trajectory
+from texforce_ray.model.backbone import Backbone, Conditioning
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """(sample, step) pairs, sample-major: int64 [P] each."""
+
+    sample: np.ndarray
+    step: np.ndarray
+
+    @staticmethod
+    def of(rows: np.ndarray, steps: np.ndarray) -> Pairs:
+        """The pairs of samples `rows` (int64 [R]); steps: int64 [N, K], those of each sample."""
+        return Pairs(np.repeat(rows, steps.shape[1]), steps[rows].reshape(-1))
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def __getitem__(self, index: slice) -> Pairs:
+        return Pairs(self.sample[index], self.step[index])
+
+    def chunks(self, size: int) -> Iterator[slice]:
+        """Consecutive parts of at most `size` pairs."""
+        for first in range(0, len(self), size):
+            yield slice(first, min(first + size, len(self)))
+
+
+class Likelihood:
+    """Means and log-probabilities of denoising steps under a backbone's current weights."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        table: ddim.StepTable,
+        guidance_scale: float,
+        microbatch_size: int,
+    ) -> None:
+        self.backbone, self.table = backbone, table
+        self.guidance_scale, self.microbatch_size = guidance_scale, microbatch_size
+
+    def encode(self, trajectory: Trajectory, rows: np.ndarray) -> Conditioning:
+        """Embeddings of the prompts of samples `rows`, with gradient; empty prompts come first."""
+        ids = tuple(torch.from_numpy(part[rows]) for part in trajectory.prompt_ids)
+        return encode_for_guidance(self.backbone, ids, self.guidance_scale)
+
+    def mean(
+        self,
+        trajectory: Trajectory,
+        pairs: Pairs,
+        conditioning: Conditioning,
+        where: Tensor,
+        rows: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The policy's mean at each pair, float32 [P, C, h, w], and its step, int64 [P].
+
+        `where` (int64 [P]) says which of the `rows` prompts in `conditioning` a pair belongs to.
+        """
+        backbone, scale = self.backbone, self.guidance_scale
+        # Empty prompts come first where there is guidance: see encode_for_guidance.
+        index = torch.cat([where, where + rows]) if scale > 1 else where
+        step = torch.from_numpy(pairs.step).to(backbone.device)
+        x = self._latents(trajectory, pairs.sample, pairs.step).to(backbone.dtype)
+        chosen = conditioning[index.to(backbone.device)]
+        mean = policy_mean(backbone, self.table, step, x, chosen, scale)
+        return mean.float(), step
+
+    def density(self, trajectory: Trajectory, pairs: Pairs, step: Tensor, mean: Tensor) -> Tensor:
+        """Log-probabilities of what was sampled, given the means: float32 [P]."""
+        following = self._latents(trajectory, pairs.sample, pairs.step + 1)
+        return ddim.log_prob(self.table, step, following.float(), mean)
+
+    @torch.no_grad()
+    def log_probs(self, trajectory: Trajectory, pairs: Pairs) -> Tensor:
+        """Log-probabilities under the current weights, float32 [P], without gradient."""
+        rows, local = np.unique(pairs.sample, return_inverse=True)
+        conditioning = self.encode(trajectory, rows)
+        parts = []
+        for chunk in pairs.chunks(self.microbatch_size):
+            part, where = pairs[chunk], torch.from_numpy(local[chunk])
+            mean, step = self.mean(trajectory, part, conditioning, where, len(rows))
+            parts.append(self.density(trajectory, part, step, mean))
+        return torch.cat(parts)
+
+    def _latents(self, trajectory: Trajectory, sample: np.ndarray, step: np.ndarray) -> Tensor:
+        return torch.from_numpy(trajectory.latents[sample, step]).to(self.backbone.device)
