@@ -107,8 +107,9 @@ async def collect(crew: Crew, units: Sequence[WorkUnit], policy: ObjectRef) -> S
 
 
 async def _sample_and_score(crew: Crew, unit: WorkUnit, policy: ObjectRef) -> ScoredBatch:
-    info, trajectory, images = await crew.sample(unit, [policy])
-    rewards, errors, seconds = await score(crew, images, unit.prompts, unit.metadata)
+    async with crew.unscored:
+        info, trajectory, images = await crew.sample(unit, [policy])
+        rewards, errors, seconds = await score(crew, images, unit.prompts, unit.metadata)
     return ScoredBatch(
         iteration=unit.iteration,
         policy_version=unit.policy_version,

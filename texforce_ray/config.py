@@ -102,6 +102,15 @@ class RolloutConfig(_Section):
     num_gpus: float = placement(0.0, "GPUs that Ray reserves for each actor", ge=0)
     resources: dict[str, float] = placement({}, "custom Ray resources for each actor")
     timeout_s: float = placement(1800.0, "deadline of one unit of work", gt=0)
+    max_unscored: int | None = placement(
+        None,
+        "units sampled but not yet scored beyond which rollouts wait; default: 2 x num_workers + 2",
+        ge=1,
+    )
+
+    @property
+    def unscored_units(self) -> int:
+        return self.max_unscored or 2 * self.num_workers + 2
 
 
 class RewardConfig(_Section):
@@ -111,11 +120,36 @@ class RewardConfig(_Section):
     target: str | None = Field(None, description="your own reward: 'package.module:Class'")
     label: str | None = Field(None, description="name in metrics; default: name or class name")
     weight: float = Field(1.0, description="factor in the weighted sum")
-    normalize: Literal["none", "batch"] = Field(
-        "none", description="'batch': shift and scale to mean 0, deviation 1 in each iteration"
+    normalize: Literal["none", "batch", "group"] = Field(
+        "none",
+        description="before the sum, shift and scale to mean 0, deviation 1: over the iteration "
+        "('batch') or over each prompt's samples ('group'; with advantage.mode 'batch' it is GDPO)",
+    )
+    min: float | None = Field(
+        None, description="gate: a sample whose raw score is lower gets the floor as its total"
+    )
+    floor: float = Field(
+        0.0,
+        description="total of a sample under the gate; in training it is also no higher than the "
+        "lowest total above the gates",
     )
     kwargs: dict[str, Any] = Field({}, description="arguments of the reward's constructor")
+    environment: str | None = placement(
+        None,
+        "where it runs: 'driver' (the run's own Python), 'isolated' (an environment of its own), "
+        "the absolute path of an interpreter, or null: as the table of rewards says",
+    )
+    requirements: tuple[str, ...] = Field(
+        (), description="packages of your own reward, 'name==version'; they make it isolated"
+    )
     batch_size: int = Field(64, ge=1, description="images in one call of score()")
+    merge_units: int = Field(
+        1,
+        ge=1,
+        description="units of work scored in one call; more than 1 is faster with small units, but "
+        "which units meet depends on timing, and with it the last bits of a model's scores",
+    )
+    num_threads: int = Field(1, ge=1, description="CPU threads of a server (changes rounding)")
     replicas: int = placement(1, "reward servers", ge=1)
     num_cpus: float = placement(0.1, "CPUs that Ray reserves for each server", ge=0)
     num_gpus: float = placement(0.0, "GPUs that Ray reserves for each server", ge=0)
@@ -123,6 +157,9 @@ class RewardConfig(_Section):
     timeout_s: float = placement(300.0, "deadline of one call", gt=0)
     retries: int = placement(
         2, "further tries of a failed call before its samples are masked", ge=0
+    )
+    retry_pause_s: float = placement(
+        0.2, "pause before the first further try; doubled each time", ge=0
     )
 
     @model_validator(mode="after")
@@ -258,6 +295,12 @@ class RayConfig(_Section):
     resource_timeout_s: float = placement(20.0, "how long to wait for room on the cluster", gt=0)
     max_restarts: int = placement(3, "restarts of each actor", ge=0)
     task_retries: int = placement(3, "further tries of a unit of work whose actor died", ge=0)
+    environments: str | None = placement(
+        None,
+        "folder of the rewards' environments on every node; default: TEXFORCE_ENVIRONMENTS, "
+        "else ~/.cache/texforce_ray/environments",
+    )
+    environment_timeout_s: float = placement(1800.0, "deadline of building one", gt=0)
     dashboard: bool = placement(False, "start the dashboard with a new local cluster")
 
 

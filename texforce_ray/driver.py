@@ -19,6 +19,7 @@ import ray
 from ray.exceptions import RayError
 
 from texforce_ray.actors.crew import Crew, connect
+from texforce_ray.actors.environments import chosen, prepare_environments
 from texforce_ray.actors.placement import wait_for_room
 from texforce_ray.actors.pool import readable
 from texforce_ray.collect import (
@@ -120,6 +121,7 @@ def check_inputs(config: Config) -> tuple[list[Prompt], list[Prompt]]:
     locate_model(config.model.path)
     for reward in config.rewards:
         resolve(reward.name, reward.target)
+        chosen(reward)
     prompts = load_prompts(config.prompts.train)
     return prompts, load_prompts(config.eval.prompts) if config.eval.prompts else prompts
 
@@ -149,7 +151,7 @@ async def _iterate(run: _Run, policy: Policy, baseline: Baseline) -> None:
             if config.eval.every and policy.version % config.eval.every == 0:
                 with recorder.phase("evaluation"):
                     await _evaluate(run, policy)
-            await recorder.iteration(training, update, policy, baseline, crew.restarts)
+            await recorder.iteration(training, update, policy, baseline, crew)
             run.progress.update(policy.version, recorder.reward, recorder.samples_per_second)
     finally:
         for task in under_way.values():
@@ -203,7 +205,7 @@ async def _train(
         baseline = Baseline(config, checkpoint.prompt_statistics if checkpoint else {})
         try:
             await wait_for_room(config)
-            crew = Crew(config)
+            crew = Crew(config, await prepare_environments(config))
             cleanup.callback(crew.close)
             run = _Run(config, prompts, eval_prompts, crew, recorder, progress)
             policy = await _start(run, checkpoint)

@@ -96,6 +96,7 @@ async def _evaluate(
     import ray
 
     from texforce_ray.actors.crew import Crew, connect
+    from texforce_ray.actors.environments import prepare_environments
     from texforce_ray.actors.placement import wait_for_room
     from texforce_ray.collect import count_truncated
     from texforce_ray.driver import check_inputs
@@ -106,7 +107,7 @@ async def _evaluate(
     check_writable(out)
     started = connect(config)
     await wait_for_room(config, learner=False)
-    crew = Crew(config, learner=False)
+    crew = Crew(config, await prepare_environments(config), learner=False)
     try:
         await crew.ready()
         _, warning = await count_truncated(crew, prompts)

@@ -12,7 +12,7 @@ from texforce_ray import randomness
 from texforce_ray.actors.pool import gather
 from texforce_ray.collect import check_masked, score
 from texforce_ray.prompts import Prompt, prompts_of_iteration
-from texforce_ray.rl.advantage import combine
+from texforce_ray.rl.advantage import Component, combine
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -70,8 +70,9 @@ async def evaluate(
     async def part(first: int) -> tuple[np.ndarray, dict[str, str], np.ndarray | None]:
         batch = chosen[first : first + size]
         texts = [p.text for p in batch]
-        _, images = await crew.generate(texts, seeds[first : first + size], policy)
-        rewards, errors, _ = await score(crew, images, texts, [p.metadata for p in batch])
+        async with crew.unscored:
+            _, images = await crew.generate(texts, seeds[first : first + size], policy)
+            rewards, errors, _ = await score(crew, images, texts, [p.metadata for p in batch])
         return rewards, errors, await crew.images(images) if first < shown else None
 
     parts = await gather(*(part(first) for first in range(0, count, size)))
@@ -79,8 +80,9 @@ async def evaluate(
     errors = {key: error for _, part_errors, _ in parts for key, error in part_errors.items()}
     check_masked(config, rewards, errors, "an evaluation")
     mask = ~np.isnan(rewards).any(axis=1)
-    weights = [reward.weight for reward in config.rewards]
-    total = combine(rewards, mask, weights, ["none"] * len(weights))
+    # As they are, without normalisation: totals of different policies must be comparable.
+    components = [Component(r.weight, "none", r.min, r.floor) for r in config.rewards]
+    total = combine(rewards, mask, components, relative_floor=False)
     return Evaluation(
         prompts=tuple(p.text for p in chosen),
         seeds=seeds,

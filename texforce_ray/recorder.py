@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from texforce_ray.actors.crew import Crew
 from texforce_ray.collect import ScoredBatch, TrainingBatch
 from texforce_ray.config import Config
 from texforce_ray.evaluation import Evaluation
@@ -92,7 +93,7 @@ class Recorder:
         update: Mapping[str, Any],
         policy: Policy,
         baseline: Baseline,
-        restarts: int,
+        crew: Crew,
     ) -> None:
         """The iteration's line of metrics, then its checkpoint if one is due.
 
@@ -108,7 +109,7 @@ class Recorder:
             "policy_version": batch.policy_version,
             "reward/total_mean": self.reward,
             "reward/total_std": float(total[mask].std()) if mask.any() else None,
-            **self._reward_metrics(batch),
+            **self._reward_metrics(training),
             "reward/masked": int((~mask).sum()),
             "advantage/mean": float(advantages[mask].mean()) if mask.any() else None,
             "advantage/std": float(advantages[mask].std()) if mask.any() else None,
@@ -119,7 +120,8 @@ class Recorder:
             "samples_per_second": self.samples_per_second,
             **self._times(seconds, batch, update),
             "prompts/truncated": self.truncated,
-            "actors/restarts": restarts,
+            "actors/restarts": crew.restarts,
+            **crew.scoring_statistics(),
         }
         self.directory.metrics.append(batch.iteration, metrics)
         self._evaluation = {}
@@ -130,13 +132,19 @@ class Recorder:
             await self.checkpoint(policy, baseline)
             self._checkpoint_seconds = time.perf_counter() - began
 
-    def _reward_metrics(self, batch: ScoredBatch) -> dict[str, float]:
-        metrics = {}
-        for name, values in zip(self.names, batch.rewards.T, strict=True):
-            known = values[~np.isnan(values)]
-            if len(known):
-                metrics[f"reward/{name}_mean"] = float(known.mean())
-                metrics[f"reward/{name}_std"] = float(known.std())
+    def _reward_metrics(self, training: TrainingBatch) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for reward, values in zip(self.config.rewards, training.scored.rewards.T, strict=True):
+            name, known = reward.key, values[~np.isnan(values)]
+            metrics[f"reward/{name}_masked"] = len(values) - len(known)
+            if not len(known):
+                continue
+            metrics[f"reward/{name}_mean"] = float(known.mean())
+            metrics[f"reward/{name}_std"] = float(known.std())
+            if reward.min is not None:
+                metrics[f"reward/{name}_gated"] = int((known < reward.min).sum())
+            if len(self.names) > 1:
+                metrics[f"reward/{name}_correlation"] = _correlation(values, training)
         return metrics
 
     def _times(
@@ -219,3 +227,11 @@ class Recorder:
                 [base.total[:shown].tolist(), tuned.total[:shown].tolist()],
             )
         self.directory.report()
+
+
+def _correlation(values: np.ndarray, training: TrainingBatch) -> float:
+    """With the total: near 1, this component decides it alone; near 0, it is drowned."""
+    x, y = values[training.mask], training.total[training.mask]
+    if len(x) < 2 or not x.std() or not y.std():
+        return 0.0
+    return float(np.corrcoef(x, y)[0, 1])

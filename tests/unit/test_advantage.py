@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from texforce_ray.rl.advantage import (
+    Component,
     PromptStatistics,
     batch_advantages,
     combine,
@@ -31,21 +32,21 @@ def _normalized(values: np.ndarray) -> np.ndarray:
 
 def test_combine_sums_weighted_components() -> None:
     rewards = np.array([[1.0, 10.0], [2.0, 20.0], [3.0, 60.0]])
-    total = combine(rewards, np.ones(3, dtype=bool), [2.0, -0.5], ["none", "none"])
+    total = combine(rewards, np.ones(3, dtype=bool), [Component(2.0), Component(-0.5)])
     np.testing.assert_allclose(total, [-3.0, -6.0, -24.0])
 
 
 def test_combine_normalises_over_scored_samples_only() -> None:
     rewards = np.array([[1.0, 10.0], [np.nan, 999.0], [2.0, 20.0], [6.0, 60.0]])
     mask = np.array([True, False, True, True])
-    total = combine(rewards, mask, [1.0, 3.0], ["none", "batch"])
+    total = combine(rewards, mask, [Component(1.0), Component(3.0, "batch")])
     expected = rewards[mask, 0] + 3 * _normalized(rewards[mask, 1])
     np.testing.assert_allclose(total[mask], expected, rtol=1e-9)
     assert total[1] == 0
 
 
 def test_combine_of_nothing_scored_is_zero() -> None:
-    total = combine(np.full((3, 1), np.nan), np.zeros(3, dtype=bool), [1.0], ["batch"])
+    total = combine(np.full((3, 1), np.nan), np.zeros(3, dtype=bool), [Component(1.0, "batch")])
     assert total.tolist() == [0, 0, 0]
 
 
@@ -101,7 +102,7 @@ def test_masked_samples_have_no_influence(samples: list, garbage: float) -> None
     other = np.where(mask[:, None], rewards, garbage)
 
     def every_mode(values: np.ndarray) -> np.ndarray:
-        total = combine(values, mask, [1.5], ["batch"])
+        total = combine(values, mask, [Component(1.5, "batch")])
         raw = values[:, 0]
         return np.stack(
             [
@@ -153,3 +154,41 @@ def test_rare_prompt_with_one_sample_gets_an_advantage_from_its_history() -> Non
     (advantage,) = statistics.advantages(np.array([6.0]), ALL[:1], ["a"])
     history = np.array([1.0, 2.0, 6.0])
     assert advantage == pytest.approx(_normalized(history)[2], rel=1e-5)
+
+
+# ---- gates and normalisation by group ----------------------------------------------------------
+
+
+def test_a_gated_sample_loses_whatever_the_scale() -> None:
+    rewards = np.array([[0.9, 5.0], [0.1, 900.0], [0.8, -40.0], [0.2, 3.0]])
+    mask = np.ones(4, dtype=bool)
+    components = [Component(1.0, gate=0.5), Component(1.0)]
+    total = combine(rewards, mask, components)
+    assert total.tolist() == [5.9, -39.2, -39.2, -39.2]
+    # In evaluation the floor is the number given: totals of two policies must be comparable.
+    fixed = combine(rewards, mask, components, relative_floor=False)
+    assert fixed.tolist() == [5.9, 0.0, -39.2, 0.0]
+
+
+def test_a_masked_sample_is_not_gated_and_does_not_set_the_floor() -> None:
+    rewards = np.array([[np.nan, 1.0], [0.1, 1.0], [0.9, 2.0]])
+    mask = np.array([False, True, True])
+    total = combine(rewards, mask, [Component(1.0, gate=0.5, floor=-1.0), Component(1.0)])
+    assert total.tolist() == [0.0, -1.0, 2.9]
+
+
+def test_components_normalised_by_group_weigh_alike_in_every_group() -> None:
+    """GDPO: each reward's advantage within its prompt's group, then the sum."""
+    prompts = ["a"] * 4 + ["b"] * 4
+    rng = np.random.default_rng(0)
+    small, large = rng.normal(size=8), 1000 * rng.normal(size=8)
+    small[4:] *= 1e-2
+    mask = np.ones(8, dtype=bool)
+    rewards = np.stack([small, large], axis=1)
+    total = combine(rewards, mask, [Component(1.0, "group"), Component(1.0, "group")], prompts)
+    expected = group_advantages(small, mask, prompts) + group_advantages(large, mask, prompts)
+    assert total == pytest.approx(expected)
+    for rows in (slice(0, 4), slice(4, 8)):
+        assert abs(np.corrcoef(total[rows], small[rows])[0, 1]) > 0.3
+    plain = combine(rewards, mask, [Component(1.0), Component(1.0)], prompts)
+    assert np.corrcoef(plain, large)[0, 1] > 0.999

@@ -23,7 +23,7 @@ LAYERS = [
     ["actors"],
     ["collect", "evaluation", "policy", "recorder"],
     ["driver"],
-    ["run", "evaluate"],
+    ["run", "evaluate", "rewards.check"],
 ]
 
 

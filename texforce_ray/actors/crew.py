@@ -6,21 +6,24 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 
+import texforce_ray
+from texforce_ray.actors.environments import chosen
 from texforce_ray.actors.learner import LearnerActor
 from texforce_ray.actors.messages import ImagePayload, Info, Scores, WorkUnit
 from texforce_ray.actors.pool import ActorPool, gather
 from texforce_ray.actors.reward import RewardServer
 from texforce_ray.actors.rollout import RolloutActor
+from texforce_ray.actors.scoring import RewardPool
 from texforce_ray.config import Config, RewardConfig
-from texforce_ray.errors import ActorError, ResourceError
-from texforce_ray.rewards import resolve
+from texforce_ray.errors import ResourceError
+from texforce_ray.rewards import arguments, resolve
 
 Refs = Sequence[ray.ObjectRef]
 
@@ -35,6 +38,9 @@ def connect(config: Config) -> bool:
         return False
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
+    if any(chosen(reward) is not None for reward in config.rewards):
+        # Rewards' own environments do not hold this package: it travels with the job.
+        options["runtime_env"] = {"py_modules": [str(Path(texforce_ray.__file__).parent)]}
     # Authentication is on, as it should be, and nothing that a user has to be warned of.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     if address is None:
@@ -60,44 +66,31 @@ class Crew:
     Await `wait_for_room` before: actors for which there is no room would wait without a word.
     """
 
-    def __init__(self, config: Config, *, learner: bool = True) -> None:
+    def __init__(
+        self, config: Config, pythons: Mapping[str, str] | None = None, *, learner: bool = True
+    ) -> None:
+        """Start all actors; `pythons`: interpreters of rewards that have one of their own."""
         self.config = config
         r, t = config.rollout, config.learner
         rollouts = [
-            self._start(RolloutActor, r, config.rollout.num_threads, config)
+            _start(RolloutActor, r, config.rollout.num_threads, config, [config])
             for _ in range(r.num_workers)
         ]
         self.rollouts = ActorPool("rollout", rollouts, retries=config.ray.task_retries)
         self.learner: ActorPool | None = None
         if learner:
-            actors = [self._start(LearnerActor, t, config.learner.num_threads, config)]
+            actors = [_start(LearnerActor, t, config.learner.num_threads, config, [config])]
             self.learner = ActorPool("learner", actors, retries=config.ray.task_retries)
-        self.rewards = {reward.key: self._reward_pool(reward) for reward in config.rewards}
-
-    def _reward_pool(self, reward: RewardConfig) -> ActorPool:
-        target = resolve(reward.name, reward.target)
-        servers = [
-            self._start(
-                RewardServer, reward, 1, reward.key, target, reward.kwargs, reward.batch_size
-            )
-            for _ in range(reward.replicas)
-        ]
-        return ActorPool(f"reward-{reward.key}", servers, retries=reward.retries)
-
-    def _start(self, actor: type, role: Any, threads: int, *arguments: Any) -> Any:
-        options = {
-            "num_cpus": role.num_cpus,
-            "num_gpus": role.num_gpus,
-            "resources": dict(role.resources),
-            "max_restarts": self.config.ray.max_restarts,
-            # Ray would set it to num_cpus, and the rounding of sums would depend on placement.
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        self.rewards = {
+            reward.key: reward_pool(reward, config, pythons or {}) for reward in config.rewards
         }
-        return ray.remote(actor).options(**options).remote(*arguments)
+        # Rollouts wait for slow rewards rather than filling the object store with images.
+        self.unscored = asyncio.Semaphore(config.rollout.unscored_units)
 
     def pools(self) -> list[ActorPool]:
         learner = [self.learner] if self.learner else []
-        return [*self.rewards.values(), *learner, self.rollouts]
+        rewards = [pool.actors for pool in self.rewards.values()]
+        return [*rewards, *learner, self.rollouts]
 
     async def ready(self) -> None:
         """Wait for all actors at once; their imports are most of a run's start."""
@@ -145,20 +138,15 @@ class Crew:
         prompts: Sequence[str],
         metadata: Sequence[dict[str, Any]],
     ) -> Scores:
-        """Scores of one batch; after all retries, the error instead of scores."""
-        pool, answer = self.rewards[reward.key], Scores(None, "never tried", 0.0)
-        for _ in range(reward.retries + 1):
-            try:
-                answer, _ = await pool.run(
-                    f"scoring {len(prompts)} images",
-                    lambda actor: actor.score.remote(images, list(prompts), list(metadata)),
-                    reward.timeout_s,
-                )
-            except ActorError as error:
-                return Scores(None, str(error), 0.0)
-            if answer.error is None:
-                return answer
-        return answer
+        """Scores of one unit's images; after all retries, the error instead of scores."""
+        return await self.rewards[reward.key].score(images, prompts, metadata)
+
+    def scoring_statistics(self) -> dict[str, float]:
+        """Latency, queue and retries of each reward since the last call."""
+        metrics: dict[str, float] = {}
+        for pool in self.rewards.values():
+            metrics |= pool.take_statistics()
+        return metrics
 
     async def initialize(self, state: Refs) -> tuple[ray.ObjectRef, ...]:
         """(state, snapshot, evaluation snapshot) of a fresh or restored learner."""
@@ -220,3 +208,48 @@ class Crew:
 
         payload: ImagePayload = await asyncio.wrap_future(ref.future())
         return unpack_images(payload)
+
+
+def reward_pool(reward: RewardConfig, config: Config, pythons: Mapping[str, str]) -> RewardPool:
+    """Start one reward's servers, each in the interpreter that `pythons` has for it."""
+    given = [
+        reward.key,
+        resolve(reward.name, reward.target),
+        arguments(reward.name, reward.kwargs),
+        reward.batch_size,
+    ]
+    python = pythons.get(reward.key)
+    servers = [
+        _start(RewardServer, reward, reward.num_threads, config, given, python)
+        for _ in range(reward.replicas)
+    ]
+    actors = ActorPool(
+        f"reward-{reward.key}",
+        servers,
+        retries=reward.retries,
+        start_timeout=config.ray.start_timeout_s,
+    )
+    return RewardPool(reward, actors)
+
+
+def _start(
+    actor: type,
+    role: Any,
+    threads: int,
+    config: Config,
+    given: Sequence[Any],
+    python: str | None = None,
+) -> Any:
+    """An actor handle; `role` is the part of the config that says what it may use."""
+    # Ray would set the threads to num_cpus, and the rounding of sums would depend on placement.
+    runtime: dict[str, Any] = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
+    if python is not None:
+        runtime["py_executable"] = python
+    options = {
+        "num_cpus": role.num_cpus,
+        "num_gpus": role.num_gpus,
+        "resources": dict(role.resources),
+        "max_restarts": config.ray.max_restarts,
+        "runtime_env": runtime,
+    }
+    return ray.remote(actor).options(**options).remote(*given)

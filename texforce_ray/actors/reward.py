@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 import time
 import traceback
 from typing import Any
+
+import numpy as np
 
 from texforce_ray.actors.messages import ImagePayload, Scores, unpack_images
 from texforce_ray.rewards.base import checked_scores, load_reward
@@ -20,14 +24,24 @@ class RewardServer:
 
     def ready(self) -> str:
         """The process, for log messages."""
-        return f"pid {os.getpid()}"
+        return f"pid {os.getpid()}, {sys.executable}"
+
+    def memory(self) -> dict[str, float]:
+        """Peak memory in MB: of the process, and on the GPU if torch is there and has one."""
+        peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            peak["gpu"] = torch.cuda.max_memory_allocated() / 1e6
+        return peak
 
     def score(
-        self, payload: ImagePayload, prompts: list[str], metadata: list[dict[str, Any]]
+        self, prompts: list[str], metadata: list[dict[str, Any]], *payloads: ImagePayload
     ) -> Scores:
-        """Score B images in parts of at most `batch_size`."""
+        """Score B images, from one unit of work or several, in parts of at most `batch_size`."""
         start = time.perf_counter()
-        images, scores = unpack_images(payload), []
+        parts = [unpack_images(payload) for payload in payloads]
+        images, scores = parts[0] if len(parts) == 1 else np.concatenate(parts), []
+        images.flags.writeable = False
         try:
             for first in range(0, len(prompts), self.batch_size):
                 part = slice(first, first + self.batch_size)

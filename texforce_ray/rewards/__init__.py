@@ -2,14 +2,88 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from texforce_ray.errors import RewardError
 
-# name: where it lives. Loaded only in the reward's own process.
-BUILT_IN: dict[str, str] = {
-    "shapes": "texforce_ray.rewards.shapes:ShapesReward",
-    "jpeg_compressibility": "texforce_ray.rewards.jpeg:JpegCompressibility",
-    "jpeg_incompressibility": "texforce_ray.rewards.jpeg:JpegIncompressibility",
+_HERE = "texforce_ray.rewards"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A built-in reward: loaded only in the reward's own process.
+
+    target: 'package.module:Class'. packages: its set in `environments.SETS`. isolated: whether it
+    gets that environment unless the config says otherwise; the others run beside the rollouts.
+    scores: the range. source: where it comes from.
+    """
+
+    target: str
+    packages: str
+    isolated: bool
+    scores: str
+    source: str
+
+
+BUILT_IN: dict[str, Entry] = {
+    "shapes": Entry(
+        f"{_HERE}.shapes:ShapesReward", "light", False, "0 to 1", "the shapes world: docs/shapes.md"
+    ),
+    "jpeg_compressibility": Entry(
+        f"{_HERE}.jpeg:JpegCompressibility", "light", False, "below 0 (kB)", "DDPO, section 5"
+    ),
+    "jpeg_incompressibility": Entry(
+        f"{_HERE}.jpeg:JpegIncompressibility", "light", False, "above 0 (kB)", "DDPO, section 5"
+    ),
+    "imagereward": Entry(
+        f"{_HERE}.image_reward:ImageReward",
+        "image-reward",
+        True,
+        "about -2.5 to 2.5",
+        "ImageReward, NeurIPS 2023",
+    ),
+    "hpsv2": Entry(
+        f"{_HERE}.hps:HpsV2", "open-clip", True, "-1 to 1, mostly .2 to .3", "HPS v2, 2023"
+    ),
+    "hpsv2.1": Entry(
+        f"{_HERE}.hps:HpsV21", "open-clip", True, "-1 to 1, mostly .2 to .35", "HPS v2.1, 2023"
+    ),
+    "pickscore": Entry(
+        f"{_HERE}.clip:PickScore", "clip", False, "about 15 to 28", "Pick-a-Pic, NeurIPS 2023"
+    ),
+    "clip_score": Entry(f"{_HERE}.clip:ClipScore", "clip", False, "-1 to 1", "CLIP, ICML 2021"),
+    "aesthetic": Entry(
+        f"{_HERE}.clip:Aesthetic", "clip", False, "about 1 to 10", "LAION-Aesthetics V2, 2022"
+    ),
+    "hand": Entry(
+        f"{_HERE}.hand:Hand", "mediapipe", True, "0 to 1", "MediaPipe Hands; TexForce, section 4"
+    ),
+    "face": Entry(
+        f"{_HERE}.face:Face", "mediapipe", True, "0 to 1", "MediaPipe Face; TexForce, section 4"
+    ),
+    "vlm": Entry(f"{_HERE}.vlm:VlmJudge", "http", False, "as the rubric says", "LLM-as-a-judge"),
+    "http": Entry(f"{_HERE}.http_client:HttpReward", "http", False, "the service's", "your own"),
 }
+
+# 'iqa:<metric>' is any metric of pyiqa; `check` prints the metric's own range.
+IQA = Entry(f"{_HERE}.iqa:IqaReward", "pyiqa", True, "the metric's, higher is better", "pyiqa")
+
+
+def find(name: str) -> Entry:
+    """The table's row of a built-in name.
+
+    Raises:
+        RewardError: an unknown name.
+    """
+    if name.startswith("iqa:") and len(name) > len("iqa:"):
+        return IQA
+    if name not in BUILT_IN:
+        raise RewardError(
+            f"unknown reward {name!r}; built in are {', '.join(sorted(BUILT_IN))} and "
+            "iqa:<metric of pyiqa>; your own is given as target: package.module:Class"
+        )
+    return BUILT_IN[name]
 
 
 def resolve(name: str | None, target: str | None) -> str:
@@ -20,9 +94,11 @@ def resolve(name: str | None, target: str | None) -> str:
     """
     if target is not None:
         return target
-    if name not in BUILT_IN:
-        raise RewardError(
-            f"unknown reward {name!r}; built in are {', '.join(sorted(BUILT_IN))}, and your own "
-            "is given as target: package.module:Class"
-        )
-    return BUILT_IN[name]
+    return find(str(name)).target
+
+
+def arguments(name: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments: the config's, and what the name itself says."""
+    if name is not None and name.startswith("iqa:"):
+        return {"metric": name.removeprefix("iqa:")} | kwargs
+    return kwargs

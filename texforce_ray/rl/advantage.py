@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,25 +11,62 @@ _EPS = 1e-6
 _MIN_STD = 1e-4  # a group whose rewards are all equal teaches nothing, rather than noise
 
 
+@dataclass(frozen=True)
+class Component:
+    """How one reward enters the total.
+
+    normalize: 'none'; 'batch' or 'group' (mean 0, deviation 1 over the unmasked samples of the
+    iteration or of each prompt). gate: raw score below which a sample's total is the floor.
+    """
+
+    weight: float
+    normalize: str = "none"
+    gate: float | None = None
+    floor: float = 0.0
+
+
 def combine(
-    rewards: np.ndarray, mask: np.ndarray, weights: Sequence[float], normalize: Sequence[str]
+    rewards: np.ndarray,
+    mask: np.ndarray,
+    components: Sequence[Component],
+    prompts: Sequence[str] = (),
+    *,
+    relative_floor: bool = True,
 ) -> np.ndarray:
     """Weighted sum of reward components: float64 [N]; 0 where masked.
 
     Args:
         rewards: float64 [N, R], raw values; NaN where a component could not be scored.
         mask: bool [N], True where every component was scored.
-        weights: R factors.
-        normalize: R times 'none' or 'batch' (mean 0, deviation 1 over the unmasked samples).
+        components: R of them.
+        prompts: N texts, needed for 'group'.
+        relative_floor: a gated sample gets no more than the lowest ungated total, so that it loses
+            whatever scale the components have.
     """
-    total = np.zeros(len(rewards))
-    for column, (weight, how) in enumerate(zip(weights, normalize, strict=True)):
-        values = np.where(mask, rewards[:, column], 0.0)
-        if how == "batch" and mask.any():
-            known = values[mask]
-            values = np.where(mask, (values - known.mean()) / (known.std() + _EPS), 0.0)
-        total += weight * values
-    return np.where(mask, total, 0.0)
+    total, floor = np.zeros(len(rewards)), np.full(len(rewards), np.inf)
+    for column, component in enumerate(components):
+        raw = np.where(mask, rewards[:, column], 0.0)
+        total += component.weight * _shifted(raw, mask, component.normalize, prompts)
+        if component.gate is not None:
+            under = mask & (raw < component.gate)
+            floor[under] = np.minimum(floor[under], component.floor)
+    gated = np.isfinite(floor)
+    passed = mask & ~gated
+    if relative_floor and gated.any() and passed.any():
+        floor = np.minimum(floor, total[passed].min())
+    return np.where(mask, np.where(gated, floor, total), 0.0)
+
+
+def _shifted(
+    values: np.ndarray, mask: np.ndarray, normalize: str, prompts: Sequence[str]
+) -> np.ndarray:
+    """Values of one component, normalised as it says: float64 [N]."""
+    if normalize == "none" or not mask.any():
+        return values
+    if normalize == "group":
+        return group_advantages(values, mask, prompts)
+    known = values[mask]
+    return np.where(mask, (values - known.mean()) / (known.std() + _EPS), 0.0)
 
 
 def batch_advantages(total: np.ndarray, mask: np.ndarray) -> np.ndarray:

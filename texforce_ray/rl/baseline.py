@@ -8,6 +8,7 @@ import numpy as np
 
 from texforce_ray.config import Config
 from texforce_ray.rl.advantage import (
+    Component,
     PromptStatistics,
     batch_advantages,
     combine,
@@ -34,9 +35,8 @@ class Baseline:
     def advantages(self, batch: ScoredBatch, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Weighted total and clipped advantage of each sample, float64 [N] each; 0 where masked."""
         a, rewards = self.config.advantage, self.config.rewards
-        total = combine(
-            batch.rewards, mask, [r.weight for r in rewards], [r.normalize for r in rewards]
-        )
+        components = [Component(r.weight, r.normalize, r.min, r.floor) for r in rewards]
+        total = combine(batch.rewards, mask, components, batch.prompts)
         if a.mode == "prompt":
             self._next = self.statistics.copy()
             advantages = self._next.advantages(total, mask, batch.prompts, a.scale)

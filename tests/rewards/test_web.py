@@ -1,0 +1,294 @@
+"""`http`, `serve` and `vlm` against real local servers, good and bad."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from texforce_ray.errors import RewardError
+from texforce_ray.rewards.base import checked_scores
+from texforce_ray.rewards.http_client import HttpReward
+from texforce_ray.rewards.images import from_png, to_png
+from texforce_ray.rewards.jpeg import JpegIncompressibility
+from texforce_ray.rewards.serve import RewardService
+from texforce_ray.rewards.vlm import VlmJudge, parse_score
+
+REPO = Path(__file__).parents[2]
+Answer = Callable[[Any, int], tuple[int, Any]]  # request, count of earlier ones: code and body
+
+
+@contextmanager
+def service(answer: Answer) -> Iterator[str]:
+    """A real HTTP server; `answer` may return bytes (sent as they are) or data (sent as JSON)."""
+    seen = 0
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            nonlocal seen
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            with lock:
+                number, seen = seen, seen + 1
+            code, data = answer(json.loads(body) | {"headers": dict(self.headers)}, number)
+            raw = data if isinstance(data, bytes) else json.dumps(data).encode()
+            try:
+                self.send_response(code)
+                self.end_headers()
+                self.wfile.write(raw)
+            except OSError:
+                pass  # the client has given up
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+
+
+def _images(count: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 32, 48, 3), dtype=np.uint8)
+
+
+def _fast(client: Any) -> Any:
+    client.client.pause_s = 0.01
+    return client
+
+
+# ---- http ------------------------------------------------------------------------------------
+
+
+def test_a_served_reward_scores_as_it_does_at_home() -> None:
+    home = JpegIncompressibility()
+    server = RewardService(("127.0.0.1", 0), "jpeg", home, token="secret")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/"
+    os.environ["TEST_REWARD_TOKEN"] = "secret"
+    images = _images()
+    try:
+        reward = HttpReward(url, token_env="TEST_REWARD_TOKEN")
+        assert reward.score(images, [""] * 3, [{}] * 3) == home.score(images, [""] * 3, [{}] * 3)
+        with pytest.raises(RewardError, match="HTTP 401"):
+            HttpReward(url, retries=0).score(images, [""] * 3, [{}] * 3)
+        allowed = {"Authorization": "Bearer secret"}
+        for request, word in (
+            ([], "JSON object"),
+            ({"images": []}, "lists"),
+            ({"images": ["@"], "prompts": ["a"]}, ""),
+            ({"images": [to_png(images[0])], "prompts": ["a", "b"]}, "equally many"),
+        ):
+            answer = httpx.post(url, json=request, headers=allowed)
+            assert answer.status_code == 400, request
+            assert word in answer.json()["error"]
+        assert httpx.get(url + "health").json() == {"reward": "jpeg"}
+    finally:
+        del os.environ["TEST_REWARD_TOKEN"]
+        server.shutdown()
+
+
+def test_png_keeps_every_bit() -> None:
+    image = _images(1)[0]
+    assert np.array_equal(from_png(to_png(image)), image)
+
+
+def test_null_is_not_scored_and_a_reward_that_raises_is_an_http_500() -> None:
+    class Half:
+        def score(self, images: np.ndarray, prompts: list[str], metadata: list) -> list[float]:
+            if prompts[0] == "die":
+                raise ZeroDivisionError("no reason")
+            return [float("nan"), *[1.0] * (len(images) - 1)]
+
+    server = RewardService(("127.0.0.1", 0), "half", Half())
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        reward = _fast(HttpReward(f"http://127.0.0.1:{server.server_address[1]}", retries=1))
+        scores = reward.score(_images(), ["a"] * 3, [{}] * 3)
+        assert math.isnan(scores[0])
+        assert scores[1:] == [1.0, 1.0]
+        with pytest.raises(RewardError, match=r"HTTP 500.*ZeroDivisionError: no reason.*2 tries"):
+            reward.score(_images(), ["die"] * 3, [{}] * 3)
+    finally:
+        server.shutdown()
+
+
+def test_a_busy_service_is_asked_again() -> None:
+    def answer(request: Any, number: int) -> tuple[int, Any]:
+        return (503, b"busy") if number < 2 else (200, {"scores": [1.5] * len(request["images"])})
+
+    with service(answer) as url:
+        assert _fast(HttpReward(url)).score(_images(), [""] * 3, [{}] * 3) == [1.5] * 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda _, __: (200, b"<html>hello</html>"), "not JSON"),
+        (lambda _, __: (200, {"result": [1]}), "no list 'scores'"),
+        (lambda _, __: (200, b"[" + b"1," * 3_000_000), "larger than"),
+        (lambda _, __: (404, b"nobody here"), "HTTP 404: nobody here"),
+        (lambda _, __: (time.sleep(3), (200, {}))[1], "tries"),
+    ],
+    ids=["prose", "other-json", "huge", "missing", "slow"],
+)
+def test_bad_answers_are_named(answer: Answer, message: str) -> None:
+    with service(answer) as url, pytest.raises(RewardError, match=re.escape(message)):
+        _fast(HttpReward(url, timeout_s=0.5, retries=1)).score(_images(), [""] * 3, [{}] * 3)
+
+
+def test_a_wrong_number_of_scores_is_caught_by_the_server_shell() -> None:
+    with service(lambda _, __: (200, {"scores": [1.0]})) as url:
+        scores = HttpReward(url).score(_images(), [""] * 3, [{}] * 3)
+    with pytest.raises(RewardError, match="1 numbers for 3 images"):
+        checked_scores(scores, 3, "http")
+
+
+def test_the_command_serves_and_checks_its_input() -> None:
+    command = [sys.executable, "-m", "texforce_ray.rewards.serve"]
+    options: dict[str, Any] = {
+        "cwd": REPO, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+    }  # fmt: skip
+    process = subprocess.Popen(
+        [*command, "jpeg_incompressibility", "--port", "0", "--kwargs", '{"quality": 50}'],
+        **options,
+    )
+    try:
+        assert process.stdout is not None
+        found = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())
+        assert found
+        scores = HttpReward(found.group()).score(_images(), [""] * 3, [{}] * 3)
+        assert scores == JpegIncompressibility(50).score(_images(), [""] * 3, [{}] * 3)
+    finally:
+        process.kill()
+        process.communicate()
+    wrong = subprocess.run([*command, "jpeg"], check=False, **options)
+    assert wrong.returncode == 1
+    assert "unknown reward 'jpeg'" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+# ---- vlm -------------------------------------------------------------------------------------
+
+
+def _says(text: str, tokens: int = 100) -> dict:
+    return {
+        "choices": [{"message": {"content": text}}],
+        "usage": {"prompt_tokens": tokens, "completion_tokens": 10},
+    }
+
+
+def _judge(url: str, **options: Any) -> VlmJudge:
+    return VlmJudge(url + "/v1", "some-model", pause_s=0.01, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ('{"score": 7}', 7),
+        ('Thinking... {"score": 2} no: ```json\n{"reason": "x", "score": 3.5}\n```', 3.5),
+        ("Score: 8/10", 8),
+        ("The final score is **6.5**.", 6.5),
+        ("9", 9),
+        ("9 / 10.", 9),
+        ("I see 3 squares and 2 circles.", None),
+        ("no", None),
+        ('{"score": "high"}', None),
+        ("", None),
+    ],
+)
+def test_scores_are_read_from_prose_and_json(text: str, score: float | None) -> None:
+    assert parse_score(text) == score
+
+
+def test_the_judge_sees_image_and_prompt_and_its_key_is_in_the_header_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    requests = []
+
+    def answer(request: Any, _: int) -> tuple[int, Any]:
+        requests.append(request)
+        return 200, _says('{"score": 4}')
+
+    monkeypatch.setenv("JUDGE_KEY", "sk-test")
+    with service(answer) as url:
+        judge = _judge(url, rubric="Is it {prompt}? {{json}}", api_key_env="JUDGE_KEY", min_side=32)
+        assert judge.score(_images(2), ["red", "blue"], [{}] * 2) == [4, 4]
+    texts = {r["messages"][0]["content"][0]["text"] for r in requests}
+    assert texts == {"Is it red? {json}", "Is it blue? {json}"}
+    sent = {r["messages"][0]["content"][1]["image_url"]["url"].partition(",")[2] for r in requests}
+    assert sent == {to_png(image) for image in _images(2)}
+    assert all(r["headers"]["Authorization"] == "Bearer sk-test" for r in requests)
+    assert "sk-test" not in json.dumps(
+        [{k: v for k, v in r.items() if k != "headers"} for r in requests]
+    )
+
+
+def test_an_answer_without_a_score_is_asked_again_then_not_scored() -> None:
+    def answer(request: Any, number: int) -> tuple[int, Any]:
+        if "red" in request["messages"][0]["content"][0]["text"]:
+            return 200, _says("I cannot judge this." if number % 2 else '{"score": 99}')
+        return 200, _says('{"score": 1}')
+
+    with service(answer) as url:
+        scores = _judge(url, retries=2).score(_images(2), ["red", "blue"], [{}] * 2)
+    assert math.isnan(scores[0])
+    assert scores[1] == 1
+
+
+def test_requests_run_at_once_but_no_more_than_asked_for() -> None:
+    running = highest = 0
+    lock = threading.Lock()
+
+    def answer(_: Any, __: int) -> tuple[int, Any]:
+        nonlocal running, highest
+        with lock:
+            running += 1
+            highest = max(highest, running)
+        time.sleep(0.1)
+        with lock:
+            running -= 1
+        return 200, _says('{"score": 5}')
+
+    with service(answer) as url:
+        assert _judge(url, concurrency=3).score(_images(9), ["a"] * 9, [{}] * 9) == [5.0] * 9
+    assert 2 <= highest <= 3
+
+
+def test_the_budget_ends_the_spending() -> None:
+    with service(lambda _, __: (200, _says('{"score": 5}', tokens=1_000_000))) as url:
+        judge = _judge(url, max_cost=2.5, input_price=1.0, output_price=0.0, concurrency=1)
+        scores = judge.score(_images(6), ["a"] * 6, [{}] * 6)
+        assert scores[:3] == [5.0] * 3
+        assert all(math.isnan(score) for score in scores[3:])
+        with pytest.raises(RewardError, match=r"max_cost: 3\.0000 of 2\.5 is spent"):
+            judge.score(_images(2), ["a"] * 2, [{}] * 2)
+        counted = _judge(url, max_requests=2, concurrency=1)
+        assert sum(math.isnan(s) for s in counted.score(_images(3), ["a"] * 3, [{}] * 3)) == 1
+
+
+def test_wrong_settings_of_the_judge_are_refused() -> None:
+    with pytest.raises(RewardError, match="input_price"):
+        VlmJudge("http://x", "m", max_cost=1.0)
+    with pytest.raises(RewardError, match="rubric"):
+        VlmJudge("http://x", "m", rubric="{image}")
+    with pytest.raises(RewardError, match="NO_SUCH_KEY is not set"):
+        VlmJudge("http://x", "m", api_key_env="NO_SUCH_KEY")
+    with pytest.raises(RewardError, match="http://"):
+        VlmJudge("localhost:8000", "m")

@@ -1,0 +1,89 @@
+"""What rewards with a torch model have in common: device, weights from a path or the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from texforce_ray.errors import RewardError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def pick_device(device: str) -> torch.device:
+    """'auto' is the GPU that Ray gave this server, if it gave one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str) -> torch.dtype:
+    """One of float32, float16, bfloat16.
+
+    Raises:
+        RewardError: anything else.
+    """
+    if dtype not in DTYPES:
+        raise RewardError(f"dtype {dtype!r} should be one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def weights_file(weights: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
+    """A file of weights: a local path, or 'owner/repository:file' of the hub (cached, pinnable).
+
+    Raises:
+        RewardError: not there, with what was looked for.
+    """
+    path = Path(weights).expanduser()
+    if path.is_file():
+        return path
+    repository, colon, name = weights.partition(":")
+    if not colon:
+        raise RewardError(
+            f"weights {weights!r}: no such file; one of the hub is given as owner/repository:file"
+        )
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, name, revision=revision, cache_dir=cache_dir))
+    except Exception as error:  # the hub's client raises many kinds
+        raise RewardError(f"weights {weights!r} cannot be downloaded: {error}") from None
+
+
+def load_weights(path: Path) -> dict[str, Any]:
+    """A state dict from safetensors or from a .pt that holds tensors alone: nothing is unpickled.
+
+    Raises:
+        RewardError: damaged, or with something else in it.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise RewardError(f"weights {path} cannot be read: {error}") from None
+    return loaded.get("state_dict", loaded)
+
+
+def load_into(model: torch.nn.Module, state: dict[str, Any], what: str) -> None:
+    """Load every parameter of `model`; extra tensors in `state` are refused too.
+
+    Raises:
+        RewardError: naming the first tensors that do not fit.
+    """
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise RewardError(f"weights of {what} do not fit the model: {error}") from None
+    # Position ids were stored as buffers once; they are computed now.
+    unexpected = [name for name in unexpected if not name.endswith("position_ids")]
+    missing = [name for name in missing if not name.endswith("position_ids")]
+    if missing or unexpected:
+        raise RewardError(
+            f"weights of {what} do not fit the model: missing {missing[:3]}, "
+            f"unexpected {unexpected[:3]}"
+        )
