@@ -39,6 +39,7 @@ check: lint types test  ## what CI runs
 
 bench: setup  ## measurements; results in benchmarks/results/
 	@$(PY) benchmarks/overlap.py
+	@$(PY) benchmarks/rewards.py
 
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf .venv .tools .mypy_cache .ruff_cache .pytest_cache

@@ -242,7 +242,9 @@ def _start(
 ) -> Any:
     """An actor handle; `role` is the part of the config that says what it may use."""
     # Ray would set the threads to num_cpus, and the rounding of sums would depend on placement.
-    runtime: dict[str, Any] = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
+    # Libraries say while they are imported what a user of ours can do nothing about.
+    settings = {"OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
+    runtime: dict[str, Any] = {"env_vars": settings}
     if python is not None:
         runtime["py_executable"] = python
     options = {
