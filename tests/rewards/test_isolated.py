@@ -34,8 +34,9 @@ def test_pyiqa_metrics_are_turned_so_that_higher_is_better(run_inside: RunInside
         metric = found[name]
         assert metric["lower_better"] == (sign < 0)
         assert metric["ours"] == pytest.approx([sign * x for x in metric["one_by_one"]], abs=1e-4)
-    clean, noisy, _ = found["piqe"]["ours"]
+    clean, noisy, blocky = found["piqe"]["ours"]
     assert clean > noisy
+    assert clean > blocky
     assert found["worst"] == [-100, 0, 0]
     assert "compares with a reference image" in found["psnr"]
     assert "no such metric" in found["no_such_metric"]

@@ -114,10 +114,13 @@ def test_a_hanging_server_is_restarted_and_the_call_repeated(tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize(
-    ("name", "cause"), [("Sleeper", "no answer within 1 s"), ("Dies", "the actor died")]
+    ("name", "seconds", "cause"),
+    [("Sleeper", 1, "no answer within 1 s"), ("Dies", 30, "the actor died")],
 )
-def test_a_server_that_never_answers_or_dies_ends_as_unscored(name: str, cause: str) -> None:
-    (answer,), _ = _scores(_config(_own(name, timeout_s=1, retries=1)))
+def test_a_server_that_never_answers_or_dies_ends_as_unscored(
+    name: str, seconds: float, cause: str
+) -> None:
+    (answer,), _ = _scores(_config(_own(name, timeout_s=seconds, retries=1)))
     assert answer.scores is None
     assert answer.error is not None
     assert f"reward-{name}-0" in answer.error

@@ -243,7 +243,12 @@ def _start(
     """An actor handle; `role` is the part of the config that says what it may use."""
     # Ray would set the threads to num_cpus, and the rounding of sums would depend on placement.
     # Libraries say while they are imported what a user of ours can do nothing about.
-    settings = {"OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
+    settings = {
+        "OMP_NUM_THREADS": str(threads),
+        "TRANSFORMERS_VERBOSITY": "error",
+        "GLOG_minloglevel": "2",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
     runtime: dict[str, Any] = {"env_vars": settings}
     if python is not None:
         runtime["py_executable"] = python

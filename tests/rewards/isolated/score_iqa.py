@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import numpy as np
 import pyiqa
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from texforce_ray.errors import RewardError
 from texforce_ray.rewards.iqa import IqaReward, worst
 
 
 def main() -> None:
-    y, x = np.mgrid[0:128, 0:128] / 128
-    base = np.stack([np.sin(9 * x) + np.cos(7 * y), x * y * 2, np.cos(25 * x * y)], axis=-1)
-    clean = Image.fromarray(np.uint8(255 * (base - base.min()) / np.ptp(base)))
     rng = np.random.default_rng(0)
-    noisy = np.clip(np.array(clean) + rng.normal(0, 40, (128, 128, 3)), 0, 255).astype(np.uint8)
-    blurred = np.array(clean.filter(ImageFilter.GaussianBlur(3)))
-    images = np.stack([np.array(clean), noisy, blurred])
+    # 1/f noise has the spectrum of photographs; a smooth drawing would look like a defect to piqe.
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(128), np.fft.fftfreq(128)))[..., None]
+    spectrum = np.fft.fft2(rng.normal(size=(128, 128, 3)), axes=(0, 1)) / (frequency + 0.01)
+    texture = np.fft.ifft2(spectrum, axes=(0, 1)).real
+    clean = np.uint8(255 * (texture - texture.min()) / np.ptp(texture))
+    noisy = np.clip(clean + rng.normal(0, 40, clean.shape), 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(clean).save(buffer, format="JPEG", quality=3)
+    images = np.stack([clean, noisy, np.array(Image.open(buffer))])
     result: dict = {}
     for name in ("piqe", "entropy"):
         reward = IqaReward(name, device="cpu")
