@@ -133,7 +133,7 @@ def server(target: str, **kwargs: Any) -> Any:
 
 def score(target: str) -> Any:
     images = np.zeros((3, 8, 8, 3), dtype=np.uint8)
-    return ray.get(server(target).score.remote(pack_images(images), ["a"] * 3, [{}] * 3))
+    return ray.get(server(target).score.remote(["a"] * 3, [{}] * 3, pack_images(images)))
 
 
 def test_a_reward_server_scores_in_parts_and_keeps_order() -> None:
