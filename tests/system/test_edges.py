@@ -94,11 +94,12 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_written(tmp_path: Path) -> 
 
 
 NOTEBOOK = """
-import asyncio, sys
+import asyncio, signal, sys
 from texforce_ray import train
 from texforce_ray.config_io import load_config
 from texforce_ray.errors import Interrupted
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 config = load_config("configs/smoke.yaml", ["run_dir=" + sys.argv[1], *sys.argv[2:]])
 
 async def cell():  # as Jupyter runs one: in a loop that is already running

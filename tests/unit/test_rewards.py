@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import math
 import subprocess
@@ -14,8 +15,9 @@ import pytest
 from PIL import Image
 
 from texforce_ray.errors import RewardError
-from texforce_ray.rewards import BUILT_IN, resolve
+from texforce_ray.rewards import BUILT_IN, find, resolve
 from texforce_ray.rewards.base import Reward, checked_scores, load_reward
+from texforce_ray.rewards.environments import SETS
 from texforce_ray.shapes import scene
 
 ROOT = Path(__file__).parents[2]
@@ -72,9 +74,15 @@ def test_shapes_reward_reads_the_image_and_the_prompt() -> None:
 # ---- loading -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(BUILT_IN))
-def test_every_built_in_reward_can_be_made(name: str) -> None:
-    assert isinstance(load_reward(resolve(name, None), {}), Reward)
+@pytest.mark.parametrize("name", [*BUILT_IN, "iqa:piqe"])
+def test_every_built_in_reward_is_where_the_table_says(name: str) -> None:
+    entry = find(name)
+    assert entry.packages in SETS
+    module, _, name = entry.target.partition(":")
+    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+    assert name in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    if entry.packages == "light":
+        assert isinstance(load_reward(entry.target, {}), Reward)
 
 
 def test_own_target_wins_and_unknown_names_list_the_known() -> None:
@@ -178,6 +186,9 @@ def test_wrong_scores_name_the_reward_and_the_fault(scores: Any, problem: str) -
         "texforce_ray.rewards",
         "texforce_ray.rewards.shapes",
         "texforce_ray.rewards.jpeg",
+        "texforce_ray.rewards.environments",
+        "texforce_ray.rewards.hand",
+        "texforce_ray.rewards.face",
         "texforce_ray.actors.reward",
     ],
 )

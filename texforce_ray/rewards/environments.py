@@ -6,7 +6,7 @@ is in it, and used by every run on the machine. Ray starts the reward's server w
 
     python -m texforce_ray.rewards.environments [SET or REWARD ...]   # build, e.g. in an image
 
-Needs no torch, no pydantic; Ray only for its version.
+Needs no torch, no pydantic, no Ray.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from texforce_ray.errors import RewardError, TexForceError
@@ -87,9 +88,7 @@ class Environment:
 
     def all_requirements(self) -> list[str]:
         """With Ray of this process's version: server and driver must speak the same."""
-        import ray
-
-        return sorted({f"ray=={ray.__version__}", *_COMMON, *self.requirements})
+        return sorted({f"ray=={version('ray')}", *_COMMON, *self.requirements})
 
     def directory(self, root: Path) -> Path:
         """Where it lies: another requirement or Python means another directory."""
@@ -277,8 +276,6 @@ def check_interpreter(path: str) -> str:
     Raises:
         RewardError: saying what it is and what it should be.
     """
-    import ray
-
     code = "import sys, ray, json; print(json.dumps([*sys.version_info[:2], ray.__version__]))"
     try:
         answer = subprocess.run(
@@ -288,7 +285,7 @@ def check_interpreter(path: str) -> str:
         raise RewardError(f"environment {path} cannot be run: {error}") from None
     if answer.returncode:
         raise RewardError(f"environment {path} cannot serve: {answer.stderr.strip()[-300:]}")
-    found, wanted = json.loads(answer.stdout), [*sys.version_info[:2], ray.__version__]
+    found, wanted = json.loads(answer.stdout), [*sys.version_info[:2], version("ray")]
     if found != wanted:
         raise RewardError(
             f"environment {path} has Python {found[0]}.{found[1]} and Ray {found[2]}; it should "
