@@ -31,7 +31,7 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    """The base pipeline. Everything in it stays frozen."""
+    """The base pipeline. Everything in it stays frozen; others' U-Nets can stand in its place."""
 
     path: str = Field(
         "embedded",
@@ -40,12 +40,34 @@ class ModelConfig(_Section):
     revision: str | None = Field(None, description="hub revision to pin")
     variant: str | None = Field(None, description="weight file variant, e.g. 'fp16'")
     dtype: DType = Field("float32", description="dtype of the frozen weights")
+    unet: str | None = Field(
+        None, description="directory or hub id of a whole U-Net to use instead of the pipeline's"
+    )
+    unet_adapters: tuple[str, ...] = Field(
+        (),
+        description="LoRAs of the U-Net that are merged into it and stay frozen: a PEFT folder, a "
+        "diffusers LoRA file or folder, or an old attn_procs file",
+    )
     device: str = placement("auto", "'auto' (cuda if the actor was given a GPU), 'cpu', 'cuda'")
 
 
-class LoraConfig(_Section):
-    """The trained adapter on the text encoder."""
+class UnetLoraConfig(_Section):
+    """An adapter on the U-Net, trained instead of the text encoder's or jointly with it."""
 
+    rank: int = Field(4, ge=1, description="rank of every LoRA pair")
+    alpha: float = Field(4.0, gt=0, description="scale; the update is alpha / rank * B A")
+    target_modules: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        min_length=1,
+        description="names of the U-Net's linear layers that get an adapter",
+    )
+    lr: float | None = Field(None, gt=0, description="peak learning rate; default: optimizer.lr")
+
+
+class LoraConfig(_Section):
+    """The trained adapters: on the text encoder, as in TexForce, on the U-Net, or on both."""
+
+    text_encoder: bool = Field(True, description="train the text encoder; false: U-Net alone")
     rank: int = Field(16, ge=1, description="rank of every LoRA pair")
     alpha: float = Field(16.0, gt=0, description="scale; the update is alpha / rank * B A")
     target_modules: tuple[str, ...] = Field(
@@ -53,6 +75,15 @@ class LoraConfig(_Section):
         min_length=1,
         description="names of the text encoder's linear layers that get an adapter",
     )
+    unet: UnetLoraConfig | None = Field(
+        None, description="train the U-Net too (or, with text_encoder: false, alone); {}: defaults"
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> LoraConfig:
+        if not self.text_encoder and self.unet is None:
+            raise ValueError("text_encoder: false needs 'unet', or there is nothing to train")
+        return self
 
 
 class DiffusionConfig(_Section):

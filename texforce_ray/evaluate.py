@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _configure(options: argparse.Namespace) -> tuple[Config, dict[str, Path]]:
     from texforce_ray.config_io import load_config
+    from texforce_ray.model.location import adapter_files
 
     if options.images < 1:
         raise ConfigError(f"--images: {options.images} should be at least 1")
@@ -80,8 +81,7 @@ def _configure(options: argparse.Namespace) -> tuple[Config, dict[str, Path]]:
             raise ConfigError(f"--adapter: {label!r} is taken; give it another name: NAME={path}")
         adapters[label] = folder
     for folder in adapters.values():
-        if not (folder / "adapter_config.json").is_file():
-            raise ConfigError(f"--adapter: {folder} is not an adapter (no adapter_config.json)")
+        adapter_files(folder)
     overrides = list(options.overrides)
     if options.prompts:
         kind = "path" if Path(options.prompts).suffix else "set"

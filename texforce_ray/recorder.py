@@ -187,7 +187,7 @@ class Recorder:
             adapter,
             ModelCardInfo(
                 base_model=config.model.path,
-                parts=("text_encoder",),
+                parts=("text_encoder",) if config.lora.text_encoder else (),
                 rank=config.lora.rank,
                 alpha=config.lora.alpha,
                 rewards=tuple((reward.key, reward.weight) for reward in config.rewards),
@@ -203,7 +203,7 @@ class Recorder:
                     "seed": config.seed,
                 },
                 scores=scores,
-                has_unet=False,
+                has_unet=config.lora.unet is not None,
                 evaluated_on="prompts of their own, with seeds never trained on"
                 if config.eval.prompts
                 else "the training prompts, with seeds never trained on",

@@ -79,7 +79,7 @@ def test_a_logged_sample_can_be_drawn_again_by_the_stock_pipeline(
     import torch
     from diffusers import StableDiffusionPipeline
 
-    from texforce_ray.model.adapter import export_adapter
+    from texforce_ray.model.adapter_files import export_adapter
     from texforce_ray.model.location import EMBEDDED
     from texforce_ray.records.checkpoint import checkpoint_path, load_checkpoint
     from texforce_ray.rewards.jpeg import JpegIncompressibility

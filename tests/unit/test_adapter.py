@@ -16,11 +16,13 @@ from safetensors.numpy import load_file, save_file
 
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.errors import ConfigError
-from texforce_ray.model.adapter import Adapter, export_adapter, read_adapter
+from texforce_ray.model.adapter import Adapter
+from texforce_ray.model.adapter_files import export_adapter, read_adapter
 from texforce_ray.model.backbone import Backbone
 from texforce_ray.model.snapshot import LoraShape, PolicySnapshot
 
 SHAPE = LoraShape(4, 8.0, ("q_proj", "k_proj", "v_proj", "out_proj"))
+SHAPES = {"text_encoder": SHAPE}
 PROMPTS = ["a green circle", "two red squares", "a blue square"]
 SEEDS = np.array([1, 22, 333])
 HOW = {"steps": 4, "eta": 1.0, "guidance_scale": 3.0}
@@ -32,7 +34,7 @@ Randomize = Callable[..., None]
 @pytest.fixture
 def tuned(tiny_backbone: Load, randomize: Randomize) -> tuple[Backbone, Adapter]:
     backbone = tiny_backbone()
-    adapter = Adapter(backbone, SHAPE, seed=0)
+    adapter = Adapter(backbone, SHAPES, seed=0)
     randomize(adapter, seed=5)
     return backbone, adapter
 
@@ -61,7 +63,7 @@ def _assert_same_snapshot(one: PolicySnapshot, other: PolicySnapshot) -> None:
 def test_fresh_adapter_is_the_base_model(tiny_backbone: Load) -> None:
     backbone = tiny_backbone()
     base = _hidden(backbone)
-    adapter = Adapter(backbone, SHAPE, seed=0)
+    adapter = Adapter(backbone, SHAPES, seed=0)
     assert torch.equal(_hidden(backbone), base)
     assert {p.dtype for p in adapter.parameters()} == {torch.float32}
     assert len(adapter.parameters()) == 2 * 4 * 3
@@ -72,7 +74,7 @@ def test_seed_decides_the_start_and_leaves_the_global_one_alone(tiny_backbone: L
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
-    one, same, other = (Adapter(tiny_backbone(), SHAPE, seed).snapshot(0) for seed in (7, 7, 8))
+    one, same, other = (Adapter(tiny_backbone(), SHAPES, seed).snapshot(0) for seed in (7, 7, 8))
     assert torch.equal(torch.rand(3), expected)
     _assert_same_snapshot(one, same)
     weights = other.adapters["text_encoder"].items()
@@ -125,10 +127,11 @@ def test_read_adapter_returns_the_same_bits(
     export_adapter(adapter.snapshot(0), tmp_path, "base")
     snapshot = read_adapter(tmp_path)
     _assert_same_snapshot(snapshot, adapter.snapshot(0))
-    assert (snapshot.shape.rank, snapshot.shape.alpha) == (SHAPE.rank, SHAPE.alpha)
-    assert sorted(snapshot.shape.target_modules) == sorted(SHAPE.target_modules)
+    shape = snapshot.shapes["text_encoder"]
+    assert (shape.rank, shape.alpha) == (SHAPE.rank, SHAPE.alpha)
+    assert sorted(shape.target_modules) == sorted(SHAPE.target_modules)
     fresh = tiny_backbone()
-    Adapter(fresh, snapshot.shape, seed=99).load(snapshot)
+    Adapter(fresh, snapshot.shapes, seed=99).load(snapshot)
     assert torch.equal(_hidden(fresh), _hidden(backbone))
 
 
@@ -155,6 +158,7 @@ def test_reading_what_is_no_adapter_says_what_it_should_hold(
     if missing != "everything":
         export_adapter(tuned[1].snapshot(0), tmp_path, "base")
         (tmp_path / missing).unlink()
+        (tmp_path / "pytorch_lora_weights.safetensors").unlink()  # which would do as well
     with pytest.raises(ConfigError, match=r"not an adapter.*adapter_config\.json") as caught:
         read_adapter(tmp_path)
     assert str(tmp_path) in str(caught.value)
@@ -191,7 +195,7 @@ def test_adapter_saved_by_stock_peft_can_be_read(
     model.save_pretrained(tmp_path)
     snapshot = read_adapter(tmp_path)
     backbone = tiny_backbone()
-    Adapter(backbone, snapshot.shape, seed=0).load(snapshot)
+    Adapter(backbone, snapshot.shapes, seed=0).load(snapshot)
     ids = backbone.tokenize(PROMPTS).ids[0]
     with torch.no_grad():
         assert torch.allclose(_hidden(backbone), model(ids)[0], atol=1e-6)
@@ -209,7 +213,9 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(tiny_backbone: Load, tmp_pa
 
 
 def test_wrong_rank_is_named(tuned: tuple[Backbone, Adapter], tiny_backbone: Load) -> None:
-    other = Adapter(tiny_backbone(), LoraShape(2, 8.0, SHAPE.target_modules), seed=0)
+    other = Adapter(
+        tiny_backbone(), {"text_encoder": LoraShape(2, 8.0, SHAPE.target_modules)}, seed=0
+    )
     before = other.snapshot(0)
     with pytest.raises(ConfigError, match=r"lora_[AB].*\(4, 96\).*\(2, 96\).*another rank"):
         other.load(tuned[1].snapshot(0))
@@ -217,7 +223,7 @@ def test_wrong_rank_is_named(tuned: tuple[Backbone, Adapter], tiny_backbone: Loa
 
 
 def test_other_layers_are_named(tuned: tuple[Backbone, Adapter], tiny_backbone: Load) -> None:
-    other = Adapter(tiny_backbone(), LoraShape(4, 8.0, ("q_proj",)), seed=0)
+    other = Adapter(tiny_backbone(), {"text_encoder": LoraShape(4, 8.0, ("q_proj",))}, seed=0)
     with pytest.raises(ConfigError, match=r"24 tensors.*6 tensors.*target_modules"):
         other.load(tuned[1].snapshot(0))
 
@@ -225,7 +231,7 @@ def test_other_layers_are_named(tuned: tuple[Backbone, Adapter], tiny_backbone: 
 def test_unknown_target_modules_list_the_right_ones(tiny_backbone: Load) -> None:
     backbone = tiny_backbone()
     with pytest.raises(ConfigError, match=r"lora\.target_modules: \['to_q'\]") as caught:
-        Adapter(backbone, LoraShape(4, 4.0, ("to_q",)), seed=0)
+        Adapter(backbone, {"text_encoder": LoraShape(4, 4.0, ("to_q",))}, seed=0)
     for name in ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"):
         assert name in str(caught.value)
 
@@ -254,10 +260,12 @@ def test_removed_adapter_leaves_the_base_model(
     assert torch.equal(_hidden(backbone), _hidden(fresh))
     names = [name for name, _ in backbone.text_encoder.named_parameters()]
     assert names == [name for name, _ in fresh.text_encoder.named_parameters()]
-    again = Adapter(backbone, LoraShape(SHAPE.rank, SHAPE.alpha, ("q_proj",)), seed=0)
+    again = Adapter(
+        backbone, {"text_encoder": LoraShape(SHAPE.rank, SHAPE.alpha, ("q_proj",))}, seed=0
+    )
     assert len(again.parameters()) == 6
     again.remove()
-    same = Adapter(backbone, SHAPE, seed=0)
+    same = Adapter(backbone, SHAPES, seed=0)
     randomize(same, seed=5)
     assert torch.equal(_hidden(backbone), policy)
 
@@ -268,7 +276,7 @@ def test_half_precision_base_keeps_a_float32_adapter(
     from texforce_ray.model.backbone import load_backbone
 
     backbone = load_backbone(str(tiny_pipeline), dtype="bfloat16")
-    adapter = Adapter(backbone, SHAPE, seed=0)
+    adapter = Adapter(backbone, SHAPES, seed=0)
     randomize(adapter, seed=5)
     assert {p.dtype for p in adapter.parameters()} == {torch.float32}
     conditioning = backbone.encode(backbone.tokenize(PROMPTS).ids)
@@ -285,4 +293,4 @@ def test_files_of_another_prefix_are_refused(
     tensors: dict[str, Any] = {f"unet.{k}": v for k, v in load_file(path).items()}
     save_file(tensors, path)
     with pytest.raises(ConfigError, match="another model or target_modules"):
-        Adapter(tiny_backbone(), SHAPE, seed=0).load(read_adapter(tmp_path))
+        Adapter(tiny_backbone(), SHAPES, seed=0).load(read_adapter(tmp_path))

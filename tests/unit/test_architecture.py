@@ -23,7 +23,7 @@ LAYERS = [
     ["actors"],
     ["collect", "evaluation", "policy", "recorder"],
     ["driver"],
-    ["run", "evaluate", "rewards.check"],
+    ["run", "evaluate", "fuse", "rewards.check"],
 ]
 
 

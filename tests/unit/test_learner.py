@@ -178,6 +178,37 @@ def test_gradient_is_that_of_plain_autograd(
     _assert_close(_gradient(learner, batch, SOME_STEPS), expected, 1e-6)
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("text_encoder", [True, False], ids=["joint", "unet"])
+def test_gradient_with_a_unet_adapter_is_that_of_plain_autograd(
+    trained: Callable, guidance_scale: float, text_encoder: bool
+) -> None:
+    lora = {"text_encoder": text_encoder, "unet": {"rank": 2, "target_modules": ["to_q", "to_v"]}}
+    learner, batch = trained(lora=lora, diffusion={"guidance_scale": guidance_scale})
+    expected = _plain_autograd(learner, batch, SOME_STEPS)
+    _assert_close(_gradient(learner, batch, SOME_STEPS), expected, 1e-6)
+
+
+def test_joint_training_keeps_a_rate_for_each_part_and_goes_on_from_its_state(
+    tiny_backbone: Load,
+) -> None:
+    config = _config(lora={"unet": {"rank": 2, "lr": 1e-5}}, ppo={"kl_weight": 0.01})
+    one, other = Learner(tiny_backbone(), config), Learner(tiny_backbone(), config)
+    batch = _batch(_sample(one))
+    assert one.update(batch)["ppo/ratio_error_first_pass"] < 1e-5
+    rates = [group["lr"] for group in one.optimizer.param_groups]
+    assert rates[1] / rates[0] == pytest.approx(1e-5 / config.optimizer.lr)
+    other.load(one.state())
+    again = _batch(_sample(one))
+    one.update(again)
+    other.update(again)
+    for part in ("text_encoder", "unet"):
+        ours = one.snapshot().adapters[part]
+        for key, value in other.snapshot().adapters[part].items():
+            np.testing.assert_array_equal(ours[key], value, err_msg=key)
+        assert any(v.any() for k, v in ours.items() if "lora_B" in k)
+
+
 def test_that_comparison_has_pairs_with_and_without_gradient(trained: Callable) -> None:
     learner, batch = trained()
     pairs = Pairs.of(np.arange(4), SOME_STEPS)
@@ -290,9 +321,9 @@ def test_state_is_a_copy(tiny_backbone: Load) -> None:
     learner = Learner(tiny_backbone(), _config(optimizer={"ema_decay": 0.9}))
     learner.update(_batch(_sample(learner)))
     state = learner.state()
-    before = {k: v.copy() for k, v in {**state.optimizer, **state.ema["text_encoder"]}.items()}
+    before = {k: v.copy() for k, v in {**state.optimizer, **state.ema["parameters"]}.items()}
     learner.update(_batch(_sample(learner)))
-    for key, value in {**state.optimizer, **state.ema["text_encoder"]}.items():
+    for key, value in {**state.optimizer, **state.ema["parameters"]}.items():
         np.testing.assert_array_equal(value, before[key], err_msg=key)
 
 

@@ -23,6 +23,7 @@ from texforce_ray.actors.rollout import RolloutActor
 from texforce_ray.actors.scoring import RewardPool
 from texforce_ray.config import Config, RewardConfig
 from texforce_ray.errors import ResourceError
+from texforce_ray.model.location import adapter_files
 from texforce_ray.rewards import arguments, resolve
 
 Refs = Sequence[ray.ObjectRef]
@@ -186,8 +187,7 @@ class Crew:
 
     async def load_adapter(self, directory: Path) -> ray.ObjectRef:
         """A snapshot ref of an exported adapter; only the driver has to see its files."""
-        names = ("adapter_config.json", "adapter_model.safetensors")
-        files = {name: (directory / name).read_bytes() for name in names}
+        files = adapter_files(directory)
         _, (snapshot,) = await self.rollouts.run(
             f"loading {directory}",
             lambda actor: actor.load_adapter.options(num_returns=2).remote(str(directory), files),

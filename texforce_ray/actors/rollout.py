@@ -87,18 +87,20 @@ class RolloutActor:
         """The adapter's files by name; the driver writes them."""
         import ray
 
-        from texforce_ray.model.adapter import export_adapter
+        from texforce_ray.model.adapter_files import export_adapter
 
         with tempfile.TemporaryDirectory() as folder:
             export_adapter(ray.get(policy[0]), Path(folder), self.config.model.path)
-            return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+            files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+            return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
     def load_adapter(self, origin: str, files: dict[str, bytes]) -> tuple[None, PolicySnapshot]:
         """Read an exported adapter; `origin` is the name that errors give it."""
-        from texforce_ray.model.adapter import read_adapter
+        from texforce_ray.model.adapter_files import read_adapter
 
         with tempfile.TemporaryDirectory() as folder:
             for name, data in files.items():
+                (Path(folder) / name).parent.mkdir(exist_ok=True)
                 (Path(folder) / name).write_bytes(data)
             return None, read_adapter(Path(folder), origin)
 
@@ -119,9 +121,9 @@ class RolloutActor:
     def _load(self, snapshot: PolicySnapshot) -> None:
         from texforce_ray.model.adapter import Adapter
 
-        if self._adapter is None or self._adapter.shape != snapshot.shape:
+        if self._adapter is None or self._adapter.shapes != snapshot.shapes:
             self._remove()
-            self._adapter = Adapter(self.backbone, snapshot.shape, seed=0)
+            self._adapter = Adapter(self.backbone, snapshot.shapes, seed=0)
         self._adapter.load(snapshot)
 
     def _remove(self) -> None:

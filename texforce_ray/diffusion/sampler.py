@@ -92,7 +92,7 @@ def encode_for_guidance(
     conditioning = backbone.encode(distinct.split(lengths, 1))[inverse]
     if guidance_scale <= 1:
         return conditioning
-    empty = backbone.encode(backbone.tokenize([""]).ids)
+    empty = backbone.encode_empty()
     return Conditioning.cat([empty[torch.zeros_like(inverse)], conditioning])
 
 

@@ -1,26 +1,21 @@
-"""The policy's LoRA adapter: attach, read, set, switch off, export."""
+"""The policy's LoRA adapters, one for each trained part: attach, read, set, switch off."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from texforce_ray.errors import ConfigError
 from texforce_ray.model.backbone import Backbone
-from texforce_ray.model.snapshot import LoraShape, PolicySnapshot
+from texforce_ray.model.snapshot import PARTS, UNET, LoraShape, PolicySnapshot
 
 ADAPTER = "policy"
-TEXT_ENCODER = "text_encoder"
 
 
 def lora_config(shape: LoraShape) -> LoraConfig:
@@ -32,81 +27,72 @@ def lora_config(shape: LoraShape) -> LoraConfig:
     )
 
 
-class Adapter:
-    """A float32 LoRA adapter on a backbone's text encoder; B = 0 at first, so it starts as base."""
+class PartAdapter:
+    """A float32 LoRA adapter on one part; B = 0 at first, so it starts as the base."""
 
-    def __init__(self, backbone: Backbone, shape: LoraShape, seed: int) -> None:
-        self.shape = shape
-        self.backbone = backbone
-        self._layers: list[BaseTunerLayer] = []
-        encoder = backbone.text_encoder
+    def __init__(self, part: str, module: nn.Module, shape: LoraShape, seed: int) -> None:
+        self.part, self.module, self.shape = part, module, shape
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                inject_adapter_in_model(lora_config(shape), encoder, adapter_name=ADAPTER)
+                inject_adapter_in_model(lora_config(shape), module, adapter_name=ADAPTER)
             except ValueError as error:
                 names = sorted(
-                    {n.rpartition(".")[2] for n, m in encoder.named_modules() if _is_linear(m)}
+                    {n.rpartition(".")[2] for n, m in module.named_modules() if _is_linear(m)}
                 )
+                key = "lora.unet" if part == UNET else "lora"
                 raise ConfigError(
-                    f"lora.target_modules: {list(shape.target_modules)} match no layer of the "
-                    f"text encoder, whose linear layers are {names}"
+                    f"{key}.target_modules: {list(shape.target_modules)} match no layer of the "
+                    f"{part}, whose linear layers are {names}"
                 ) from error
-        self._layers = [m for m in encoder.modules() if isinstance(m, BaseTunerLayer)]
+        self._layers = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
 
     def parameters(self) -> list[nn.Parameter]:
         """Trained parameters, float32, in a fixed order."""
-        return [p for _, p in self.named_parameters()]
-
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        found = self.backbone.text_encoder.named_parameters()
-        return sorted((name, p) for name, p in found if f".{ADAPTER}." in name)
+        found = ((n, p) for n, p in self.module.named_parameters() if f".{ADAPTER}." in n)
+        return [parameter for _, parameter in sorted(found)]
 
     def weights(self) -> dict[str, Tensor]:
         """Tensors by PEFT's key, e.g. `...q_proj.lora_A.weight`."""
-        encoder = self.backbone.text_encoder
-        return get_peft_model_state_dict(encoder, adapter_name=ADAPTER)
-
-    def snapshot(self, version: int) -> PolicySnapshot:
-        """A copy of the weights, as data that any process can hold."""
-        weights = {k: v.detach().cpu().numpy().copy() for k, v in self.weights().items()}
-        return PolicySnapshot(version, self.shape, {TEXT_ENCODER: weights})
-
-    def load(self, snapshot: PolicySnapshot) -> None:
-        """Set the weights to a snapshot's."""
-        self.load_weights(snapshot.adapters[TEXT_ENCODER])
+        return get_peft_model_state_dict(self.module, adapter_name=ADAPTER)
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Set all weights.
+
+        Raises:
+            ConfigError: other layers or other shapes than this adapter's.
+        """
         own = self.weights()
         if own.keys() != weights.keys():
             raise ConfigError(
-                f"the adapter has other layers ({len(weights)} tensors) than this policy "
-                f"({len(own)} tensors): was it trained on another model or target_modules?"
+                f"the adapter has other layers ({len(weights)} tensors) than this policy's "
+                f"{self.part} ({len(own)} tensors): was it trained on another model or "
+                "target_modules?"
             )
         for key, tensor in own.items():
             if tensor.shape != weights[key].shape:
                 raise ConfigError(
                     f"adapter tensor {key} is {weights[key].shape}, the policy's is "
-                    f"{tuple(tensor.shape)}: was it trained with another rank?"
+                    f"{tuple(tensor.shape)}: was it trained with another rank, or on another model?"
                 )
+        for key, tensor in own.items():
             tensor.copy_(torch.from_numpy(np.array(weights[key])))
 
     def remove(self) -> None:
-        """Take the adapter off: the text encoder is the base model's again, for good."""
-        encoder = self.backbone.text_encoder
-        wrapped = [(n, m) for n, m in encoder.named_modules() if isinstance(m, BaseTunerLayer)]
+        """Take the adapter off: the part is the base model's again, for good."""
+        wrapped = [(n, m) for n, m in self.module.named_modules() if isinstance(m, BaseTunerLayer)]
         for name, layer in wrapped:
-            encoder.set_submodule(name, layer.get_base_layer())
-        if hasattr(encoder, "peft_config"):
-            del encoder.peft_config
+            self.module.set_submodule(name, layer.get_base_layer())
+        if hasattr(self.module, "peft_config"):
+            del self.module.peft_config
         self._layers = []
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within it, the text encoder is the base model's."""
+        """Within it, the part is the base model's."""
         for layer in self._layers:
             layer.enable_adapters(False)
         try:
@@ -117,68 +103,61 @@ class Adapter:
                 layer.set_adapter(ADAPTER)
 
 
+class Adapter:
+    """The adapters of all trained parts of a backbone."""
+
+    def __init__(self, backbone: Backbone, shapes: Mapping[str, LoraShape], seed: int) -> None:
+        self.shapes = {part: shapes[part] for part in PARTS if part in shapes}
+        modules = backbone.parts()
+        if missing := [part for part in self.shapes if part not in modules]:
+            raise ConfigError(f"the base model has no {missing[0]}; it has {', '.join(modules)}")
+        self.parts = {
+            part: PartAdapter(part, modules[part], shape, seed + PARTS.index(part))
+            for part, shape in self.shapes.items()
+        }
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Trained parameters of all parts, float32, in a fixed order."""
+        return [parameter for part in self.parts.values() for parameter in part.parameters()]
+
+    def snapshot(self, version: int) -> PolicySnapshot:
+        """A copy of the weights, as data that any process can hold."""
+        weights = {
+            name: {k: v.detach().cpu().numpy().copy() for k, v in part.weights().items()}
+            for name, part in self.parts.items()
+        }
+        return PolicySnapshot(version, dict(self.shapes), weights)
+
+    def load(self, snapshot: PolicySnapshot) -> None:
+        """Set the weights to a snapshot's."""
+        self.load_weights(snapshot.adapters)
+
+    def load_weights(self, adapters: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Set the weights of all parts.
+
+        Raises:
+            ConfigError: other parts, layers or shapes than this adapter's.
+        """
+        if adapters.keys() != self.parts.keys():
+            raise ConfigError(
+                f"the adapter is on {', '.join(adapters)}, the policy on {', '.join(self.parts)}"
+            )
+        for name, part in self.parts.items():
+            part.load_weights(adapters[name])
+
+    def remove(self) -> None:
+        """Take all adapters off, for good."""
+        for part in self.parts.values():
+            part.remove()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within it, the backbone is the base model."""
+        with ExitStack() as stack:
+            for part in self.parts.values():
+                stack.enter_context(part.disabled())
+            yield
+
+
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
-
-
-def export_adapter(snapshot: PolicySnapshot, directory: Path, base: str) -> None:
-    """Write one directory that stock PEFT and stock diffusers both load.
-
-    `adapter_config.json` + `adapter_model.safetensors` for `PeftModel.from_pretrained`,
-    `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights`.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    weights = {k: torch.from_numpy(v.copy()) for k, v in snapshot.adapters[TEXT_ENCODER].items()}
-    config = lora_config(snapshot.shape)
-    config.base_model_name_or_path = base
-    config.inference_mode = True
-    config.save_pretrained(directory)
-    save_file(
-        {f"base_model.model.{k}": v for k, v in weights.items()},
-        directory / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
-    StableDiffusionPipeline.save_lora_weights(
-        directory,
-        text_encoder_lora_layers=weights,
-        text_encoder_lora_adapter_metadata=lora_config(snapshot.shape).to_dict(),
-        safe_serialization=True,
-    )
-
-
-def read_adapter(directory: Path, origin: str | None = None) -> PolicySnapshot:
-    """Read an adapter directory in PEFT's format, ours or another's.
-
-    Args:
-        directory: where `adapter_config.json` and `adapter_model.safetensors` are.
-        origin: how errors name it; default: `directory`.
-
-    Raises:
-        ConfigError: not a LoRA adapter, a damaged one, or a variant that is not plain LoRA.
-    """
-    origin = origin or str(directory)
-    weights = directory / "adapter_model.safetensors"
-    if not weights.is_file() or not (directory / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"{origin} is not an adapter: it should hold adapter_config.json and "
-            "adapter_model.safetensors"
-        )
-    try:
-        config, loaded = LoraConfig.from_pretrained(str(directory)), load_file(weights)
-    except (OSError, TypeError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"{origin} holds a damaged adapter: {error}") from error
-    tensors = {k.removeprefix("base_model.model."): v.float().numpy() for k, v in loaded.items()}
-    variants = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "use_qalora")
-    if found := [name for name in variants if getattr(config, name, None)]:
-        raise ConfigError(
-            f"{origin} is not a plain LoRA adapter (it sets {', '.join(found)}); plain LoRA of one "
-            "rank and alpha is supported"
-        )
-    named = config.target_modules
-    if isinstance(named, str) or not named:  # a regular expression: the tensors say what it meant
-        named = {key.partition(".lora_")[0] for key in tensors}
-    targets = tuple(sorted(named))
-    # rsLoRA scales by alpha / sqrt(r) where LoRA scales by alpha / r.
-    alpha = float(config.lora_alpha) * (config.r**0.5 if config.use_rslora else 1.0)
-    shape = LoraShape(config.r, alpha, targets)
-    return PolicySnapshot(0, shape, {TEXT_ENCODER: tensors})

@@ -8,12 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor, nn
 
 from texforce_ray.config import ModelConfig
 from texforce_ray.errors import ConfigError
-from texforce_ray.model.location import locate_model
+from texforce_ray.model.frozen import load_unet, merge_unet_adapter
+from texforce_ray.model.location import SUPPORTED, locate_model
+from texforce_ray.model.snapshot import TEXT_ENCODERS, UNET
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -54,15 +62,14 @@ class Tokens:
 
 
 class Backbone:
-    """Stable Diffusion 1.x / 2.x: one CLIP text encoder, a U-Net, a VAE, a noise schedule."""
+    """Stable Diffusion 1.x, 2.x and SD-Turbo: one CLIP text encoder, a U-Net, a VAE, noise."""
 
-    def __init__(self, pipe: StableDiffusionPipeline, device: torch.device) -> None:
+    def __init__(self, pipe: Any, device: torch.device) -> None:
         self.device = device
         self.pipe = pipe.to(device)
-        self.tokenizer = pipe.tokenizer
-        self.text_encoder = pipe.text_encoder.eval().requires_grad_(False)
         self.unet: UNet2DConditionModel = pipe.unet.eval().requires_grad_(False)
         self.vae: AutoencoderKL = pipe.vae.eval().requires_grad_(False)
+        self.text_encoders = [encoder.eval().requires_grad_(False) for encoder in self._encoders()]
         self.unet.to(memory_format=torch.channels_last)
         self.vae.to(memory_format=torch.channels_last)
         # Any scheduler that the directory names is replaced by DDIM with the same noise schedule;
@@ -71,6 +78,22 @@ class Backbone:
             pipe.scheduler.config, clip_sample=False, thresholding=False
         )
         self.init_noise_sigma = float(self.scheduler.init_noise_sigma)
+
+    def _encoders(self) -> list[Any]:
+        return [self.pipe.text_encoder]
+
+    def _tokenizers(self) -> list[Any]:
+        return [self.pipe.tokenizer]
+
+    @property
+    def text_encoder(self) -> Any:
+        """The first text encoder."""
+        return self.text_encoders[0]
+
+    def parts(self) -> dict[str, nn.Module]:
+        """What an adapter can be on, by the pipeline's names."""
+        encoders = dict(zip(TEXT_ENCODERS, self.text_encoders, strict=False))
+        return {**encoders, UNET: self.unet}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,19 +107,32 @@ class Backbone:
         return self.unet.config.in_channels, height, width
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
-        """Padded ids of each prompt; longer ones are cut at the encoder's limit."""
-        tokenizer, texts = self.tokenizer, list(prompts)
-        limit = tokenizer.model_max_length
-        ids = tokenizer(
-            texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-        ).input_ids
-        full = tokenizer(texts, truncation=False, verbose=False).input_ids
-        return Tokens((ids,), [len(row) > limit for row in full])
+        """Padded ids of each prompt for each encoder; longer ones are cut at its limit."""
+        texts, ids = list(prompts), []
+        truncated = [False] * len(texts)
+        for tokenizer in self._tokenizers():
+            limit = tokenizer.model_max_length
+            ids.append(
+                tokenizer(
+                    texts,
+                    padding="max_length",
+                    max_length=limit,
+                    truncation=True,
+                    return_tensors="pt",
+                ).input_ids
+            )
+            full = tokenizer(texts, truncation=False, verbose=False).input_ids
+            truncated = [t or len(row) > limit for t, row in zip(truncated, full, strict=True)]
+        return Tokens(tuple(ids), truncated)
 
     def encode(self, ids: Sequence[Tensor]) -> Conditioning:
         """The policy's forward pass: ids as from `tokenize` to embeddings, with gradient."""
         hidden = self.text_encoder(ids[0].to(self.device), attention_mask=None)[0]
         return Conditioning(hidden.to(self.dtype))
+
+    def encode_empty(self) -> Conditioning:
+        """What guidance leads away from: the empty prompt, through the same trainable encoder."""
+        return self.encode(self.tokenize([""]).ids)
 
     def predict(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The U-Net's output for x [B, C, h, w] at timesteps [B]."""
@@ -111,6 +147,50 @@ class Backbone:
         return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
+class XlBackbone(Backbone):
+    """SDXL and SDXL-Turbo: two text encoders, a pooled embedding, the image's size."""
+
+    def __init__(self, pipe: Any, device: torch.device) -> None:
+        super().__init__(pipe, device)
+        if self.vae.config.force_upcast:  # in half precision its decoder overflows: black images
+            self.vae.float()
+        _, height, width = self.latent_shape
+        size = (height * pipe.vae_scale_factor, width * pipe.vae_scale_factor)
+        # Original size, crop, target size: an uncropped image of the pipeline's own size.
+        self._time_ids = torch.tensor([*size, 0, 0, *size], device=device, dtype=self.dtype)
+
+    def _encoders(self) -> list[Any]:
+        return [self.pipe.text_encoder, self.pipe.text_encoder_2]
+
+    def _tokenizers(self) -> list[Any]:
+        return [self.pipe.tokenizer, self.pipe.tokenizer_2]
+
+    def encode(self, ids: Sequence[Tensor]) -> Conditioning:
+        hidden, pooled = [], None
+        for encoder, part in zip(self.text_encoders, ids, strict=True):
+            output = encoder(part.to(self.device), output_hidden_states=True)
+            hidden.append(output.hidden_states[-2].to(self.dtype))
+            pooled = output[0]
+        assert pooled is not None  # the second encoder's projection
+        time_ids = self._time_ids.expand(len(ids[0]), -1)
+        return Conditioning(torch.cat(hidden, dim=-1), pooled.to(self.dtype), time_ids)
+
+    def encode_empty(self) -> Conditioning:
+        empty = super().encode_empty()
+        if not self.pipe.config.force_zeros_for_empty_prompt:
+            return empty
+        assert empty.pooled is not None
+        return Conditioning(
+            torch.zeros_like(empty.hidden), torch.zeros_like(empty.pooled), empty.time_ids
+        )
+
+    def predict(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.time_ids}
+        return self.unet(
+            x, timesteps, encoder_hidden_states=conditioning.hidden, added_cond_kwargs=added
+        ).sample
+
+
 def load_backbone(
     path: str,
     *,
@@ -118,28 +198,52 @@ def load_backbone(
     device: str = "cpu",
     revision: str | None = None,
     variant: str | None = None,
+    unet: str | None = None,
+    unet_adapters: Sequence[str] = (),
 ) -> Backbone:
     """Load a diffusers pipeline directory or hub id; 'embedded' is the shapes world.
 
+    `unet` replaces the pipeline's U-Net by another; `unet_adapters` are merged into it.
+
     Raises:
-        ConfigError: nothing there, or not a pipeline of a supported kind.
+        ConfigError: nothing there, or not a pipeline of a supported kind; an adapter of another
+            U-Net.
     """
     location = locate_model(path)
     try:
-        pipe = StableDiffusionPipeline.from_pretrained(
+        kind, extra = _kind(location, revision)
+        pipe = kind.from_pretrained(
             location,
-            dtype=DTYPES[dtype],
+            torch_dtype=DTYPES[dtype],
             revision=revision,
             variant=variant,
-            safety_checker=None,
             feature_extractor=None,
             image_encoder=None,
-            requires_safety_checker=False,
+            **extra,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: cannot load {path!r}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
-    return Backbone(pipe, torch.device(device))
+    if unet is not None:
+        pipe.unet = load_unet(unet, DTYPES[dtype], pipe.unet)
+    for adapter in unet_adapters:
+        merge_unet_adapter(pipe, adapter)
+    family = XlBackbone if kind is StableDiffusionXLPipeline else Backbone
+    return family(pipe, torch.device(device))
+
+
+def _kind(location: str, revision: str | None) -> tuple[Any, dict[str, Any]]:
+    """The pipeline class that the directory or hub repository names, and its own arguments."""
+    index = StableDiffusionPipeline.load_config(location, revision=revision)
+    name = index.get("_class_name")
+    if name == "StableDiffusionXLPipeline":
+        return StableDiffusionXLPipeline, {"add_watermarker": False}
+    if name == "StableDiffusionPipeline":
+        return StableDiffusionPipeline, {
+            "safety_checker": None,
+            "requires_safety_checker": False,
+        }
+    raise ConfigError(f"model.path: {location} holds a {name}; supported is {', '.join(SUPPORTED)}")
 
 
 def load_config_backbone(model: ModelConfig, num_gpus: float) -> Backbone:
@@ -157,4 +261,6 @@ def load_config_backbone(model: ModelConfig, num_gpus: float) -> Backbone:
         device=device,
         revision=model.revision,
         variant=model.variant,
+        unet=model.unet,
+        unet_adapters=model.unet_adapters,
     )

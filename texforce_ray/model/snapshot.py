@@ -9,9 +9,15 @@ import numpy as np
 Tensors = dict[str, np.ndarray]
 
 
+# What an adapter can be on, by the pipeline's names; the order in which parameters are kept.
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+UNET = "unet"
+PARTS = (*TEXT_ENCODERS, UNET)
+
+
 @dataclass(frozen=True)
 class LoraShape:
-    """Rank, scale and places of an adapter."""
+    """Rank, scale and places of one part's adapter: the update is alpha / rank * B A."""
 
     rank: int
     alpha: float
@@ -20,10 +26,10 @@ class LoraShape:
 
 @dataclass(frozen=True)
 class PolicySnapshot:
-    """The adapters of one policy version: float32 tensors by part, then by PEFT key."""
+    """The adapters of one policy version: shapes by part; float32 tensors by part and PEFT key."""
 
     version: int
-    shape: LoraShape
+    shapes: dict[str, LoraShape]
     adapters: dict[str, Tensors]
 
 
@@ -33,7 +39,7 @@ class LearnerState:
 
     version: number of iterations trained; updates: number of optimizer steps done.
     optimizer: Adam's moments, `<index>/exp_avg` and so on, in the adapter's parameter order.
-    ema: averaged adapter by part, empty without EMA.
+    ema: averaged parameters, `parameters/<index>` in the same order; empty without EMA.
     """
 
     version: int

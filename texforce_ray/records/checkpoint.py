@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -184,9 +184,7 @@ def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
         "snapshots": [
             {
                 "version": s.version,
-                "rank": s.shape.rank,
-                "alpha": s.shape.alpha,
-                "target_modules": list(s.shape.target_modules),
+                "shapes": {part: asdict(shape) for part, shape in s.shapes.items()},
             }
             for s in snapshots
         ],
@@ -199,8 +197,11 @@ def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def _read_snapshot(path: Path, facts: dict[str, Any]) -> PolicySnapshot:
-    shape = LoraShape(facts["rank"], facts["alpha"], tuple(facts["target_modules"]))
-    return PolicySnapshot(facts["version"], shape, _nested(load_file(path), ""))
+    shapes = {
+        part: LoraShape(shape["rank"], shape["alpha"], tuple(shape["target_modules"]))
+        for part, shape in facts["shapes"].items()
+    }
+    return PolicySnapshot(facts["version"], shapes, _nested(load_file(path), ""))
 
 
 def _pack(tensors: Tensors) -> bytes:

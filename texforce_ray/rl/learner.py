@@ -20,9 +20,9 @@ from texforce_ray.config import Config
 from texforce_ray.diffusion import ddim
 from texforce_ray.diffusion.trajectory import Trajectory
 from texforce_ray.errors import NumericsError
-from texforce_ray.model.adapter import TEXT_ENCODER, Adapter
+from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.backbone import Backbone, Conditioning
-from texforce_ray.model.snapshot import LearnerState, LoraShape, PolicySnapshot
+from texforce_ray.model.snapshot import TEXT_ENCODERS, UNET, LearnerState, LoraShape, PolicySnapshot
 from texforce_ray.rl import ppo
 from texforce_ray.rl.likelihood import Likelihood, Pairs
 
@@ -50,14 +50,22 @@ class Learner:
             config.diffusion.guidance_scale,
             config.learner.microbatch_size,
         )
-        lora = config.lora
-        self.adapter = Adapter(
-            backbone, LoraShape(lora.rank, lora.alpha, lora.target_modules), config.seed
-        )
+        self.adapter = Adapter(backbone, adapter_shapes(config, backbone), config.seed)
         self.parameters = self.adapter.parameters()
+        # The U-Net's gradient comes out of every pass; the encoders' is gathered at the embeddings.
+        unet = self.adapter.parts.get(UNET)
+        self._unet_parameters = unet.parameters() if unet else []
+        self._text_parameters = self.parameters[: len(self.parameters) - len(self._unet_parameters)]
         o = config.optimizer
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, eps=o.eps
+            [
+                {"params": part.parameters(), "peak": _peak(config, name)}
+                for name, part in self.adapter.parts.items()
+            ],
+            lr=o.lr,
+            betas=o.betas,
+            weight_decay=o.weight_decay,
+            eps=o.eps,
         )
         self.ema = [p.detach().clone() for p in self.parameters] if o.ema_decay else []
         self.version = 0
@@ -82,14 +90,14 @@ class Learner:
             for i, p in enumerate(self.parameters)
             for key, value in self.optimizer.state[p].items()
         }
-        ema = {TEXT_ENCODER: {str(i): t.cpu().numpy().copy() for i, t in enumerate(self.ema)}}
+        ema = {"parameters": {str(i): t.cpu().numpy().copy() for i, t in enumerate(self.ema)}}
         adapters = self.adapter.snapshot(self.version).adapters
         return LearnerState(self.version, self.updates, adapters, moments, ema if self.ema else {})
 
     def load(self, state: LearnerState) -> None:
         """Continue from `state`, exactly."""
         self.version, self.updates = state.version, state.updates
-        self.adapter.load_weights(state.adapters[TEXT_ENCODER])
+        self.adapter.load_weights(state.adapters)
         self.optimizer.state.clear()
         for key, value in state.optimizer.items():
             index, _, name = key.partition("/")
@@ -98,7 +106,7 @@ class Learner:
             device = "cpu" if name == "step" else parameter.device
             self.optimizer.state[parameter][name] = torch.from_numpy(np.array(value)).to(device)
         for i, tensor in enumerate(self.ema):
-            tensor.copy_(torch.from_numpy(np.array(state.ema[TEXT_ENCODER][str(i)])))
+            tensor.copy_(torch.from_numpy(np.array(state.ema["parameters"][str(i)])))
 
     @contextmanager
     def _weights(self, weights: Sequence[Tensor]) -> Iterator[None]:
@@ -222,7 +230,7 @@ class Learner:
                 "last checkpoint is sound. Try a smaller optimizer.lr or model.dtype=float32"
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = o.lr * learning_rate_factor(
+            group["lr"] = group["peak"] * learning_rate_factor(
                 self.updates, self.config.total_updates, o.warmup_fraction, o.schedule
             )
         self.optimizer.step()
@@ -246,8 +254,10 @@ class Learner:
         rows, local = np.unique(pairs.sample, return_inverse=True)
         with torch.enable_grad():
             encoded = self.likelihood.encode(trajectory, rows)
-            leaf = encoded.map(lambda t: t.detach().requires_grad_())
+            leaf = encoded.map(lambda t: t.detach().requires_grad_(t.requires_grad))
             reference = self._reference(trajectory, rows)
+            for parameter in self._unet_parameters:
+                parameter.grad = None
             for chunk in pairs.chunks(self.config.learner.microbatch_size):
                 part, where = pairs[chunk], torch.from_numpy(local[chunk])
                 mean, step = self.likelihood.mean(trajectory, part, leaf, where, len(rows))
@@ -262,7 +272,7 @@ class Learner:
                 )
                 loss = result.loss.sum()
                 if reference is not None:
-                    with torch.no_grad():
+                    with torch.no_grad(), self.adapter.disabled():
                         base, _ = self.likelihood.mean(
                             trajectory, part, reference, where, len(rows)
                         )
@@ -271,9 +281,21 @@ class Learner:
                     totals.kl_base = (totals.kl_base or 0.0) + float(kl.detach().sum())
                 (loss / valid).backward()
                 totals.add(result)
-            outputs = encoded.tensors()
-            grads = [t.grad for t in leaf.tensors()]
-            return list(torch.autograd.grad(outputs, self.parameters, grads))
+            text: Sequence[Tensor] = ()
+            if self._text_parameters:
+                pairs_of = zip(encoded.tensors(), leaf.tensors(), strict=True)
+                through = [(out, cut.grad) for out, cut in pairs_of if cut.grad is not None]
+                outputs, grads = zip(*through, strict=True)
+                # SDXL reads the layer before an encoder's last one: that has no gradient.
+                found = torch.autograd.grad(
+                    outputs, self._text_parameters, grads, allow_unused=True
+                )
+                pairs_found = zip(self._text_parameters, found, strict=True)
+                text = [torch.zeros_like(p) if g is None else g for p, g in pairs_found]
+            unet = [
+                p.grad if p.grad is not None else torch.zeros_like(p) for p in self._unet_parameters
+            ]
+            return [*text, *unet]
 
     @torch.no_grad()
     def _reference(self, trajectory: Trajectory, rows: np.ndarray) -> Conditioning | None:
@@ -282,6 +304,24 @@ class Learner:
             return None
         with self.adapter.disabled():
             return self.likelihood.encode(trajectory, rows)
+
+
+def adapter_shapes(config: Config, backbone: Backbone) -> dict[str, LoraShape]:
+    """The trained parts and their adapters' shapes; `text_encoder` means all that there are."""
+    lora = config.lora
+    shapes: dict[str, LoraShape] = {}
+    if lora.text_encoder:
+        shape = LoraShape(lora.rank, lora.alpha, lora.target_modules)
+        shapes |= {part: shape for part in backbone.parts() if part in TEXT_ENCODERS}
+    if lora.unet is not None:
+        shapes[UNET] = LoraShape(lora.unet.rank, lora.unet.alpha, lora.unet.target_modules)
+    return shapes
+
+
+def _peak(config: Config, part: str) -> float:
+    """A part's peak learning rate."""
+    own = config.lora.unet.lr if part == UNET and config.lora.unet else None
+    return own or config.optimizer.lr
 
 
 def _stored(trajectory: Trajectory, pairs: Pairs) -> Tensor:

@@ -1,0 +1,180 @@
+"""Every backbone family in miniature: sampled as stock diffusers does, trained, exported, reloaded.
+
+Random weights, real classes; what differs between families is what the pipeline directory says.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from texforce_ray.config import Config
+from texforce_ray.config_io import make_config
+from texforce_ray.diffusion.sampler import Sampler
+from texforce_ray.errors import ConfigError
+from texforce_ray.model.adapter import Adapter
+from texforce_ray.model.adapter_files import export_adapter, read_adapter
+from texforce_ray.model.backbone import load_backbone
+from texforce_ray.rl.learner import Learner, UpdateBatch
+from texforce_ray.shapes import networks
+from texforce_ray.shapes.pretrain import vocabulary
+from texforce_ray.shapes.tokenizer import MAX_LENGTH, build_tokenizer
+
+PROMPTS = ["a green circle", "two red squares"]
+SEEDS = np.array([7, 2**40])
+
+# name: (SDXL?, prediction type, scheduler, timestep spacing, steps, guidance, zeros for empty)
+FAMILIES: dict[str, tuple[bool, str, type, str, int, float, bool]] = {
+    "sd15": (False, "epsilon", DDIMScheduler, "leading", 4, 3.0, False),
+    "sd21": (False, "v_prediction", DDIMScheduler, "leading", 4, 3.0, False),
+    "sd_turbo": (False, "epsilon", EulerDiscreteScheduler, "trailing", 2, 0.0, False),
+    "sdxl": (True, "epsilon", EulerDiscreteScheduler, "leading", 4, 3.0, True),
+    "sdxl_no_zeros": (True, "epsilon", EulerDiscreteScheduler, "leading", 3, 2.0, False),
+    "sdxl_turbo": (True, "epsilon", EulerDiscreteScheduler, "trailing", 2, 0.0, True),
+}
+
+
+def _build(path: Path, family: str) -> None:
+    xl, prediction, scheduler, spacing, _, _, zeros = FAMILIES[family]
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(vocabulary())
+    noise = scheduler.from_config(
+        networks.build_scheduler().config, prediction_type=prediction, timestep_spacing=spacing
+    )
+    shared: dict[str, Any] = {
+        "vae": networks.build_vae(),
+        "text_encoder": networks.build_text_encoder(tokenizer),
+        "tokenizer": tokenizer,
+        "scheduler": noise,
+        "feature_extractor": None,
+    }
+    if not xl:
+        StableDiffusionPipeline(
+            **shared, unet=networks.build_unet(), safety_checker=None,
+            requires_safety_checker=False,
+        ).save_pretrained(path)  # fmt: skip
+        return
+    second = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=MAX_LENGTH, projection_dim=48,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(64, 128), layers_per_block=1, norm_num_groups=16,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=96 + 64, attention_head_dim=4, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 48,
+    )  # fmt: skip
+    StableDiffusionXLPipeline(
+        **{key: value for key, value in shared.items() if key != "feature_extractor"},
+        text_encoder_2=second, tokenizer_2=tokenizer, unet=unet,
+        force_zeros_for_empty_prompt=zeros, add_watermarker=False,
+    ).save_pretrained(path)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(name, directory) of a miniature."""
+    path = tmp_path_factory.mktemp(request.param) / "pipeline"
+    with torch.random.fork_rng(devices=[]):
+        _build(path, request.param)
+    return request.param, path
+
+
+def _how(name: str) -> dict[str, Any]:
+    _, _, _, _, steps, guidance, _ = FAMILIES[name]
+    return {"steps": steps, "eta": 1.0, "guidance_scale": guidance}
+
+
+def _stock(name: str, path: Path, adapter: Path | None = None) -> np.ndarray:
+    """Images of the stock pipeline with its scheduler replaced by DDIM, as ours are sampled."""
+    pipe = DiffusionPipeline.from_pretrained(path)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    if adapter is not None:
+        pipe.load_lora_weights(adapter)
+    how = _how(name)
+    images = pipe(
+        PROMPTS,
+        num_inference_steps=how["steps"],
+        eta=how["eta"],
+        guidance_scale=how["guidance_scale"],
+        generator=[torch.Generator("cpu").manual_seed(int(seed)) for seed in SEEDS],
+        output_type="np",
+    ).images
+    return np.round(images * 255).astype(np.uint8)
+
+
+def _difference(one: np.ndarray, other: np.ndarray) -> int:
+    return int(np.abs(one.astype(int) - other.astype(int)).max())
+
+
+def _config(name: str, path: Path, **lora: Any) -> Config:
+    how = _how(name)
+    return make_config(
+        {
+            "iterations": 2,
+            "model": {"path": str(path)},
+            "lora": {"rank": 2, "alpha": 2.0, "target_modules": ["q_proj", "v_proj"]} | lora,
+            "diffusion": {"steps": how["steps"], "guidance_scale": how["guidance_scale"]},
+            "prompts": {"per_iteration": 2, "samples_per_prompt": 1},
+            "rollout": {"batch_size": 2},
+            "advantage": {"mode": "batch"},
+            "ppo": {"num_minibatches": 1, "timestep_fraction": 1.0},
+            "optimizer": {"lr": 1e-2, "warmup_fraction": 0.0},
+        }
+    )
+
+
+def test_our_samples_are_those_of_stock_diffusers(family: tuple[str, Path]) -> None:
+    name, path = family
+    _, images = Sampler(load_backbone(str(path)), **_how(name)).sample(PROMPTS, SEEDS, 0)
+    assert _difference(images, _stock(name, path)) <= 1
+
+
+@pytest.mark.parametrize("unet", [None, {"rank": 2}], ids=["text", "joint"])
+def test_two_iterations_then_export_and_reload(
+    family: tuple[str, Path], unet: dict | None, tmp_path: Path
+) -> None:
+    name, path = family
+    config = _config(name, path, unet=unet)
+    learner = Learner(load_backbone(str(path)), config)
+    sampler = Sampler(learner.backbone, **_how(name))
+    for iteration in range(2):
+        trajectory, _ = sampler.sample(PROMPTS, SEEDS + iteration, iteration)
+        batch = UpdateBatch(trajectory, np.array([1.0, -1.0]), np.ones(2, dtype=bool))
+        assert learner.update(batch)["ppo/ratio_error_first_pass"] <= 1e-5
+    snapshot = learner.snapshot()
+    for part, tensors in snapshot.adapters.items():
+        assert any(v.any() for k, v in tensors.items() if "lora_B" in k), part
+    _, live = sampler.sample(PROMPTS, SEEDS, 2)
+    assert _difference(live, _stock(name, path)) > 0
+    export_adapter(snapshot, tmp_path / "adapter", str(path))
+    assert _difference(_stock(name, path, tmp_path / "adapter"), live) <= 1
+    fresh = load_backbone(str(path))
+    read = read_adapter(tmp_path / "adapter")
+    Adapter(fresh, read.shapes, seed=9).load(read)
+    _, again = Sampler(fresh, **_how(name)).sample(PROMPTS, SEEDS, 2)
+    assert _difference(again, live) == 0
+
+
+def test_a_pipeline_of_another_kind_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ConfigError, match=r"FluxPipeline.*supported is StableDiffusionPipeline"):
+        load_backbone(str(tmp_path))

@@ -1,0 +1,169 @@
+"""Blend adapters without training: `python -m texforce_ray.fuse A=1.0 B=0.5 --out DIR`.
+
+A and B are adapter directories or LoRA files: of one task each, of the text encoder or the U-Net.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from texforce_ray.errors import ConfigError, TexForceError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from texforce_ray.model.snapshot import PolicySnapshot
+
+
+def parser() -> argparse.ArgumentParser:
+    commands = argparse.ArgumentParser(
+        prog="python -m texforce_ray.fuse",
+        description="The weighted sum of adapters: exact (ranks add), or compressed to one rank. "
+        "Text-encoder and U-Net adapters stand side by side in one diffusers-loadable file.",
+    )
+    commands.add_argument(
+        "adapters", nargs="+", metavar="DIR=WEIGHT", help="e.g. runs/hands/adapter=1.0"
+    )
+    commands.add_argument("--out", type=Path, required=True, help="directory of the result")
+    commands.add_argument("--rank", type=int, help="compress to this rank by SVD; prints the error")
+    commands.add_argument(
+        "--merge", metavar="MODEL", help="write a whole pipeline: MODEL with the sum merged into it"
+    )
+    commands.add_argument(
+        "--sweep", type=int, metavar="N", help="also draw a grid over N weights from 0 to the given"
+    )
+    commands.add_argument("--model", help="pipeline for --sweep (default: the adapters' base)")
+    commands.add_argument(
+        "--prompts", nargs="+", default=["a green circle", "a hand"], help="prompts of --sweep"
+    )
+    commands.add_argument("--steps", type=int, default=20, help="denoising steps of --sweep")
+    commands.add_argument("--guidance", type=float, default=3.0, help="guidance of --sweep")
+    return commands
+
+
+def main(given: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    options = parser().parse_args(given)
+    try:
+        _run(options)
+    except TexForceError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.rank is not None and options.rank < 1:
+        raise ConfigError(f"--rank: {options.rank} should be at least 1")
+    given = [_weighted(text) for text in options.adapters]
+    from texforce_ray.model.location import adapter_files, base_of
+    from texforce_ray.records.files import check_writable
+
+    for path, _ in given:
+        adapter_files(path)
+    bases = {base: path for path, _ in given if (base := base_of(path)) is not None}
+    if len(bases) > 1:
+        found = "; ".join(f"{path} of {base}" for base, path in bases.items())
+        raise ConfigError(f"the adapters belong to different base models: {found}")
+    base = next(iter(bases), "unknown")
+    check_writable(options.out)
+
+    from texforce_ray.model.adapter_files import export_adapter, read_adapter
+    from texforce_ray.model.fusion import compress, fuse
+
+    adapters = [(weight, read_adapter(path)) for path, weight in given]
+    result, error = fuse(adapters), 0.0
+    exact = {part: shape.rank for part, shape in result.shapes.items()}
+    if options.rank is not None:
+        result, error = compress(result, options.rank)
+    export_adapter(result, options.out, base)
+    summary = {
+        "out": str(options.out),
+        "base": base,
+        "adapters": {str(path): weight for path, weight in given},
+        "rank": {part: shape.rank for part, shape in result.shapes.items()},
+        "exact_rank": exact,
+        "relative_error": error,
+    }
+    (options.out / "fusion.json").write_text(json.dumps(summary, indent=2) + "\n")
+    for part, shape in result.shapes.items():
+        print(f"{part}: rank {shape.rank}, {len(result.adapters[part]) // 2} layers")
+    if options.rank is not None:
+        print(f"relative error of the compression: {error:.3g}")
+    if options.merge:
+        _merge(options.merge, result, options.out / "pipeline")
+        print(f"merged pipeline: {options.out / 'pipeline'}")
+    if options.sweep:
+        _sweep(options, adapters, base)
+        print(f"sweep: {options.out / 'sweep.png'}")
+    print(json.dumps(summary))
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    path, equals, weight = text.rpartition("=")
+    try:
+        return (Path(path), float(weight)) if equals else (Path(text), 1.0)
+    except ValueError:
+        raise ConfigError(f"{text!r} should look like DIR=WEIGHT, e.g. {path}=0.5") from None
+
+
+def _merge(model: str, adapter: PolicySnapshot, out: Path) -> None:
+    """The base pipeline with the updates added to its weights, as a stock pipeline directory."""
+    import torch
+
+    from texforce_ray.model.backbone import load_backbone
+    from texforce_ray.model.fusion import update_of
+
+    backbone = load_backbone(model)
+    with torch.no_grad():
+        for part, module in backbone.parts().items():
+            for name, update in update_of(adapter, part).items():
+                weight = module.get_submodule(name).get_parameter("weight")
+                if weight.shape != update.shape:
+                    raise ConfigError(
+                        f"{part}.{name} is {tuple(weight.shape)} in {model} and {update.shape} in "
+                        "the adapter: they do not belong together"
+                    )
+                weight.add_(torch.from_numpy(update).to(weight))
+    backbone.pipe.save_pretrained(out, safe_serialization=True)
+
+
+def _sweep(
+    options: argparse.Namespace, adapters: list[tuple[float, PolicySnapshot]], base: str
+) -> None:
+    """The paper's Fig. 12: the same seed under blends. One adapter: a row; two: a square."""
+    import numpy as np
+
+    from texforce_ray.diffusion.sampler import Sampler
+    from texforce_ray.model.adapter import Adapter
+    from texforce_ray.model.backbone import load_backbone
+    from texforce_ray.model.fusion import fuse
+    from texforce_ray.records.images import grid, save_png
+
+    if len(adapters) > 2:
+        raise ConfigError(f"--sweep: draws blends of one or two adapters, not of {len(adapters)}")
+    backbone = load_backbone(options.model or base)
+    sampler = Sampler(backbone, steps=options.steps, eta=1.0, guidance_scale=options.guidance)
+    factors = np.linspace(0.0, 1.0, options.sweep)
+    images: list[np.ndarray] = []
+    titles: list[str] = []
+    for prompt in options.prompts:
+        for outer in factors if len(adapters) == 2 else [1.0]:
+            for inner in factors:
+                weights = [outer, inner] if len(adapters) == 2 else [inner]
+                blend = fuse([(w * f, a) for (w, a), f in zip(adapters, weights, strict=True)])
+                adapter = Adapter(backbone, blend.shapes, seed=0)
+                adapter.load(blend)
+                images += list(sampler.sample([prompt], np.array([0]), 0)[1])
+                adapter.remove()
+                titles.append(f"{prompt}: {', '.join(f'{w:.2f}' for w in weights)}")
+    picture = grid(np.stack(images), options.sweep, titles=titles, header="weights of the blend")
+    save_png(options.out / "sweep.png", picture)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
