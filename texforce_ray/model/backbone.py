@@ -214,7 +214,7 @@ def load_backbone(
         kind, extra = _kind(location, revision)
         pipe = kind.from_pretrained(
             location,
-            torch_dtype=DTYPES[dtype],
+            dtype=DTYPES[dtype],
             revision=revision,
             variant=variant,
             feature_extractor=None,

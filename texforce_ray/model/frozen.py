@@ -25,7 +25,7 @@ def load_unet(path: str, dtype: torch.dtype, replaced: UNet2DConditionModel) -> 
         unet = UNet2DConditionModel.from_pretrained(
             str(folder) if folder.exists() else path,
             subfolder="unet" if inside else None,
-            torch_dtype=dtype,
+            dtype=dtype,
         )
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"model.unet: cannot load {path!r}: {error}") from error

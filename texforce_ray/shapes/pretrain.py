@@ -281,7 +281,7 @@ def train_round(recipe: Recipe, this: Round, tokenizer: CLIPTokenizer, out: Path
 
 def refinement(recipe: Recipe, work: Path, pipeline: Path) -> Round:
     """The round that goes on from an exported pipeline's weights."""
-    pipe = StableDiffusionPipeline.from_pretrained(pipeline, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline, dtype=torch.float32)
     return Round(
         work,
         recipe.drawings,
