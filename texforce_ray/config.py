@@ -104,7 +104,13 @@ class PromptSource(_Section):
     set: str | None = Field(None, description="name of a built-in prompt set")
     path: str | None = Field(None, description="file: .txt, .json, .jsonl, .csv or .parquet")
     column: str = Field("prompt", description="field or column that holds the prompt's text")
-    limit: int | None = Field(None, ge=1, description="use only the first prompts")
+    min_words: int = Field(1, ge=1, description="leave out shorter prompts")
+    max_words: int | None = Field(None, ge=1, description="leave out longer prompts")
+    part: Literal["all", "train", "test"] = Field(
+        "all", description="'train' and 'test' share no prompt: a text's digest says which it is in"
+    )
+    test_share: float = Field(0.1, gt=0, lt=1, description="share of distinct texts in 'test'")
+    limit: int | None = Field(None, ge=1, description="use only the first prompts of what is left")
 
     @model_validator(mode="after")
     def _one_source(self) -> PromptSource:

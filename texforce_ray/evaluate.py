@@ -149,7 +149,16 @@ def _write(config: Config, results: dict[str, Evaluation], out: Path) -> dict[st
     differences = {
         label: compare(names, base, result) for label, result in results.items() if label != "base"
     }
-    summary = {"images": len(base.prompts), "means": means, "against_base": differences}
+    looks = {
+        label: {"diversity": result.diversity(), "drift": result.drift(base)}
+        for label, result in results.items()
+    }
+    summary = {
+        "images": len(base.prompts),
+        "means": means,
+        "against_base": differences,
+        "looks": looks,
+    }
     if len(differences) == 1:
         summary["rewards"] = next(iter(differences.values()))
     write_evaluation(
@@ -176,9 +185,12 @@ def _print(summary: dict[str, Any], out: Path) -> None:
                 paired = summary["against_base"][label][name]
                 line += (
                     f"  {paired['difference']:+.4f} against base "
-                    f"[{paired['low']:+.4f}, {paired['high']:+.4f}]"
+                    f"[{paired['low']:+.4f}, {paired['high']:+.4f}], better in "
+                    f"{paired['win_rate']:.0%}"
                 )
             print(line)
+        look = summary["looks"][label]
+        print(f"  {label:<12} diversity {look['diversity']:.4f}, drift {look['drift']:.4f}")
     print(f"results in {out}: summary.json, samples.parquet, comparison.png")
     print(to_json(summary))
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from texforce_ray.actors.crew import Crew
 
 _RESAMPLES = 2000
+_PAIRED = 32  # images of a prompt whose pairs are compared
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Evaluation:
     """N images of one policy.
 
     rewards: float64 [N, R], raw; total: float64 [N], weighted sum without normalisation, NaN where
-    a component is; shown: uint8 [G, H, W, 3], the first images.
+    a component is; shown: uint8 [G, H, W, 3], the first images; thumbnails: uint8 [N, h, w, 3].
     """
 
     prompts: tuple[str, ...]
@@ -35,11 +36,32 @@ class Evaluation:
     rewards: np.ndarray
     total: np.ndarray
     shown: np.ndarray
+    thumbnails: np.ndarray
 
     def means(self, names: Sequence[str]) -> dict[str, float]:
         """Mean of each reward and of the total, over what could be scored."""
         columns = dict(zip(names, self.rewards.T, strict=True)) | {"total": self.total}
         return {name: _mean(values) for name, values in columns.items()}
+
+    def diversity(self) -> float:
+        """Mean distance of two images of one prompt, 0 to 1; it falls when a policy collapses.
+
+        Root mean square over a thumbnail's pixels. NaN if no prompt has two images.
+        """
+        found = []
+        for prompt in dict.fromkeys(self.prompts):
+            rows = [i for i, other in enumerate(self.prompts) if other == prompt][:_PAIRED]
+            pixels = self.thumbnails[rows].reshape(len(rows), -1) / 255
+            first, second = np.triu_indices(len(rows), 1)
+            if len(first):
+                distance = np.sqrt(((pixels[first] - pixels[second]) ** 2).mean(axis=1))
+                found.append(distance.mean())
+        return float(np.mean(found)) if found else float("nan")
+
+    def drift(self, base: Evaluation) -> float:
+        """Mean distance of each image from the base model's at the same seed, 0 to 1."""
+        difference = (self.thumbnails - base.thumbnails.astype(np.float64)) / 255
+        return float(np.sqrt((difference**2).mean(axis=(1, 2, 3))).mean())
 
 
 def _mean(values: np.ndarray) -> float:
@@ -67,17 +89,21 @@ async def evaluate(
     size = config.rollout.batch_size
     shown = min(config.eval.grid, count)
 
-    async def part(first: int) -> tuple[np.ndarray, dict[str, str], np.ndarray | None]:
+    async def part(
+        first: int,
+    ) -> tuple[np.ndarray, dict[str, str], np.ndarray | None, np.ndarray]:
         batch = chosen[first : first + size]
         texts = [p.text for p in batch]
         async with crew.unscored:
-            _, images = await crew.generate(texts, seeds[first : first + size], policy)
+            info, images = await crew.generate(texts, seeds[first : first + size], policy)
             rewards, errors, _ = await score(crew, images, texts, [p.metadata for p in batch])
-        return rewards, errors, await crew.images(images) if first < shown else None
+        assert info.thumbnails is not None
+        visible = await crew.images(images) if first < shown else None
+        return rewards, errors, visible, info.thumbnails
 
     parts = await gather(*(part(first) for first in range(0, count, size)))
-    rewards = np.concatenate([rewards for rewards, _, _ in parts])
-    errors = {key: error for _, part_errors, _ in parts for key, error in part_errors.items()}
+    rewards = np.concatenate([rewards for rewards, *_ in parts])
+    errors = {key: error for _, part_errors, *_ in parts for key, error in part_errors.items()}
     check_masked(config, rewards, errors, "an evaluation")
     mask = ~np.isnan(rewards).any(axis=1)
     # As they are, without normalisation: totals of different policies must be comparable.
@@ -88,7 +114,8 @@ async def evaluate(
         seeds=seeds,
         rewards=rewards,
         total=np.where(mask, total, np.nan),
-        shown=np.concatenate([images for _, _, images in parts if images is not None])[:shown],
+        shown=np.concatenate([seen for _, _, seen, _ in parts if seen is not None])[:shown],
+        thumbnails=np.concatenate([small for *_, small in parts]),
     )
 
 
@@ -101,9 +128,8 @@ def paired_difference(base: np.ndarray, tuned: np.ndarray, seed: int = 0) -> dic
     base, tuned = base[known], tuned[known]
     if not len(base):
         nothing = float("nan")
-        return dict.fromkeys(("base", "tuned", "difference", "low", "high"), nothing) | {
-            "images": 0
-        }
+        keys = ("base", "tuned", "difference", "low", "high", "win_rate")
+        return dict.fromkeys(keys, nothing) | {"images": 0}
     difference = tuned - base
     low, high = bootstrap_interval(difference, seed)
     return {
@@ -112,6 +138,8 @@ def paired_difference(base: np.ndarray, tuned: np.ndarray, seed: int = 0) -> dic
         "difference": float(difference.mean()),
         "low": low,
         "high": high,
+        # The share of seeds at which the tuned image is better; a tie is half a win.
+        "win_rate": float(((difference > 0) + 0.5 * (difference == 0)).mean()),
         "images": len(difference),
     }
 

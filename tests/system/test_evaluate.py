@@ -31,6 +31,11 @@ def test_base_and_adapter_are_compared_pairwise(plain: Finished, tmp_path: Path)
     difference = sum(r["tuned_total"] - r["base_total"] for r in rows) / 12
     assert abs(difference - paired["difference"]) < 1e-9
     assert paired["low"] <= difference <= paired["high"]
+    wins = sum((r["tuned_total"] > r["base_total"]) for r in rows)
+    ties = sum((r["tuned_total"] == r["base_total"]) for r in rows)
+    assert paired["win_rate"] == (wins + ties / 2) / 12
+    assert summary["looks"]["base"]["drift"] == 0 < summary["looks"]["tuned"]["drift"] < 0.5
+    assert 0 < summary["looks"]["tuned"]["diversity"] < 1
     assert (out / "comparison.png").stat().st_size > 5000
 
 

@@ -284,3 +284,29 @@ def test_random_overrides_only_ever_raise_config_errors(
     with contextlib.suppress(ConfigError):
         config = load_config(None, [f"{key}={value}" for key, value in pairs], base)
         assert make_config(config.model_dump()) == config or "nan" in str(config)
+
+
+# ---- presets -----------------------------------------------------------------------------------
+
+PRESETS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_passes_the_checks_of_a_dry_run(
+    preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from texforce_ray.driver import check_inputs
+
+    # Files of others, which the repository does not ship, in their real formats.
+    (tmp_path / "refl_data.json").write_text('[{"text": "a cat"}, {"text": "a dog"}]')
+    (tmp_path / "imagereward_benchmark.json").write_text('[{"prompt": "a cat"}]')
+    for name in ("hps_v2_all.txt", "hps_v2_all_eval.txt"):
+        (tmp_path / name).write_text("a cat\na dog\n")
+    monkeypatch.setenv("TEXFORCE_PROMPTS", str(tmp_path))
+    config = load_config(preset, [])
+    prompts, eval_prompts = check_inputs(config)
+    assert prompts
+    assert eval_prompts
+    assert (
+        config.placement_free() == load_config(preset, ["rollout.num_workers=8"]).placement_free()
+    )

@@ -228,3 +228,45 @@ def test_published_prompt_files_can_be_read(name: str, column: str) -> None:
     entries = json.loads(raw) if name.endswith(".json") else raw.split("\n")
     texts = [e[column] if isinstance(e, dict) else e for e in entries]
     assert [p.text for p in prompts] == [text.strip() for text in texts if text.strip()]
+
+
+# ---- parts and filters -------------------------------------------------------------------------
+
+
+def test_train_and_test_share_no_prompt_and_adding_one_moves_no_other(tmp_path: Path) -> None:
+    texts = [f"prompt number {i} of many" for i in range(300)]
+    file = tmp_path / "p.txt"
+    file.write_text("\n".join(texts))
+
+    def part(name: str) -> list[str]:
+        source = PromptSource(set=None, path=str(file), part=name, test_share=0.2)  # type: ignore[arg-type]
+        return [prompt.text for prompt in load_prompts(source)]
+
+    train, test = part("train"), part("test")
+    assert sorted(train + test) == sorted(texts)
+    assert 30 < len(test) < 90
+    file.write_text("\n".join(["a new one", *texts, "another new one"]))
+    assert [text for text in part("test") if "new" not in text] == test
+
+
+def test_prompts_are_filtered_by_length_and_nothing_left_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text("one\none two\none two three\n")
+    source = PromptSource(set=None, path=str(file), min_words=2, max_words=2)
+    assert [prompt.text for prompt in load_prompts(source)] == ["one two"]
+    with pytest.raises(PromptError, match=r"none of the 3 prompts of .*min_words=9"):
+        load_prompts(PromptSource(set=None, path=str(file), min_words=9))
+
+
+def test_the_papers_sets_have_their_sizes() -> None:
+    def texts(name: str) -> list[str]:
+        return [prompt.text for prompt in load_prompts(PromptSource(set=name, path=None))]
+
+    assert len(set(texts("animals"))) == 45
+    assert "an ant" in texts("animals")
+    assert len(set(texts("animals-unseen"))) == 24
+    assert not {t.split()[1] for t in texts("animals-unseen")} & {
+        t.split()[1] for t in texts("animals")
+    }
+    assert texts("dpok-count") == ["Four wolves in the park."]
+    assert len(texts("dpok")) == len(texts("dpok-unseen")) == 4

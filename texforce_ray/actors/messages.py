@@ -33,6 +33,7 @@ class Info(NamedTuple):
     """Small facts about a finished task, the only part that the driver fetches."""
 
     seconds: float
+    thumbnails: np.ndarray | None = None  # uint8 [B, 16, 16, 3], of evaluation images
 
 
 class Scores(NamedTuple):

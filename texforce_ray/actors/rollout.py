@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from texforce_ray.actors.messages import ImagePayload, Info, WorkUnit, pack_images
 from texforce_ray.config import Config
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
     from texforce_ray.diffusion.trajectory import Trajectory
+
+
+THUMBNAIL = (16, 16)
 
 
 def quiet_libraries() -> None:
@@ -81,7 +85,8 @@ class RolloutActor:
         start = time.perf_counter()
         self._pull(policy)
         _, images = self.sampler.sample(prompts, seeds, policy_version=0)
-        return Info(time.perf_counter() - start), pack_images(images)
+        small = [np.array(Image.fromarray(image).resize(THUMBNAIL)) for image in images]
+        return Info(time.perf_counter() - start, np.stack(small)), pack_images(images)
 
     def export(self, policy: Sequence[ObjectRef]) -> dict[str, bytes]:
         """The adapter's files by name; the driver writes them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +38,24 @@ def load_prompts(source: PromptSource) -> list[Prompt]:
     else:
         records = read_records(str(source.path), source.column)
         prompts = [Prompt(text, metadata) for text, metadata in records]
-    return prompts[: source.limit]
+    kept = [prompt for prompt in prompts if _wanted(prompt.text, source)]
+    if not kept:
+        raise PromptError(
+            f"none of the {len(prompts)} prompts of {source.set or source.path} is left after "
+            f"min_words={source.min_words}, max_words={source.max_words}, part={source.part}"
+        )
+    return kept[: source.limit]
+
+
+def _wanted(text: str, source: PromptSource) -> bool:
+    words = len(text.split())
+    if words < source.min_words or (source.max_words is not None and words > source.max_words):
+        return False
+    if source.part == "all":
+        return True
+    # The text alone decides: adding prompts to a file moves none of the others.
+    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    return (place < source.test_share) == (source.part == "test")
 
 
 def prompts_of_iteration(

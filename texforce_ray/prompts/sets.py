@@ -34,6 +34,32 @@ def _faces() -> list[str]:
     return [people.face_caption(), *map(people.face_caption, specs)]
 
 
+# DDPO's 45 common animals (Black et al. 2023), which the paper trains incompressibility on.
+_ANIMALS = """
+    ant bat bear bee beetle bird butterfly camel cat chicken cow deer dog dolphin duck fish fly fox
+    frog goat goose gorilla hedgehog horse kangaroo lion lizard llama monkey mouse pig rabbit
+    raccoon rat shark sheep snake spider squirrel tiger turkey turtle whale wolf zebra
+"""
+# Eight that are not among them, doing what DDPO's prompts do; the choice of animals is ours.
+_UNSEEN_ANIMALS = "cheetah elephant giraffe hippo koala otter panda penguin"
+_ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
+# DPOK's four single phrases (Fan et al. 2023) for the paper's abilities, and their unseen partners.
+_DPOK = {
+    "color": ("A green colored rabbit.", "A green colored cat."),
+    "count": ("Four wolves in the park.", "Four birds in the park."),
+    "composition": ("A cat and a dog.", "A cat and a cup."),
+    "location": ("A dog on the moon.", "A lion on the moon."),
+}
+
+
+def _one(prompt: str) -> Callable[[], list[str]]:
+    return lambda: [prompt]
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 # name: function that lists the prompts.
 BUILT_IN: dict[str, Callable[[], list[str]]] = {
     # The four abilities of the paper's Fig. 5, all trained combinations of attributes.
@@ -50,4 +76,17 @@ BUILT_IN: dict[str, Callable[[], list[str]]] = {
     **{f"shapes-{ability}": _ability(ability) for ability in ABILITIES},
     "hands": _hands,
     "faces": _faces,
+    # For real weights.
+    "animals": lambda: list(map(_article, _ANIMALS.split())),
+    "animals-unseen": lambda: [
+        f"{_article(animal)} {activity}"
+        for animal in _UNSEEN_ANIMALS.split()
+        for activity in _ACTIVITIES
+    ],
+    "dpok": lambda: [seen for seen, _ in _DPOK.values()],
+    "dpok-unseen": lambda: [unseen for _, unseen in _DPOK.values()],
+    **{f"dpok-{ability}": _one(pair[0]) for ability, pair in _DPOK.items()},
+    **{f"dpok-{ability}-unseen": _one(pair[1]) for ability, pair in _DPOK.items()},
+    "hand-photos": lambda: ["a photo of a hand", "a photo of one hand", "a hand on a white table"],
+    "face-photos": lambda: ["a photo of a face", "a portrait of a woman", "a portrait of a man"],
 }
