@@ -50,7 +50,9 @@ def _metrics(run_dir: Path, count: int = 6) -> None:
                 {
                     "reward/total_mean": 0.1 * i,
                     "reward/total_std": 0.05,
-                    f"reward/{NASTY}": 0.2,
+                    f"reward/{NASTY}_mean": 0.2,
+                    f"reward/{NASTY}_correlation": 0.9,
+                    "reward/masked": 1,
                     "ppo/approx_kl": math.nan if i == 2 else 1e-6,
                     "ppo/clipfrac": 0.0,
                     "ppo/ratio_error_first_pass": 0.0 if i == 0 else 10.0**-i,
@@ -85,6 +87,8 @@ def test_full_run_has_every_section(tmp_path: Path) -> None:
     assert figures == [
         "Reward",
         "Reward components",
+        "Correlation with the total",
+        "Masked and gated",
         "eval/unseen",
         "Approximate KL",
         "Clipped fraction",
@@ -120,7 +124,7 @@ def test_every_chart_is_drawn_within_its_frame(tmp_path: Path) -> None:
     _full_run(tmp_path)
     text = write_report(tmp_path).read_text("utf-8")
     drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(drawings) == 9
+    assert len(drawings) == 11
     for drawing in drawings:
         svg = ElementTree.fromstring(drawing)
         _, _, width, height = map(float, svg.attrib["viewBox"].split())

@@ -204,3 +204,53 @@ def test_reward_environments_need_no_heavy_library(module: str) -> None:
     assert done.returncode == 0, done.stderr
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert not loaded & {*heavy, "ray"}
+
+
+# ---- bounded queues ----------------------------------------------------------------------
+
+
+def test_rollouts_wait_for_slow_rewards() -> None:
+    """No more units are sampled but not yet scored than `rollout.max_unscored`."""
+    import asyncio
+
+    from texforce_ray.actors.messages import Info, Scores
+    from texforce_ray.collect import collect, plan_units
+    from texforce_ray.config_io import make_config
+    from texforce_ray.prompts import Prompt
+
+    config = make_config(
+        {
+            "prompts": {"per_iteration": 4, "samples_per_prompt": 4},
+            "rollout": {"batch_size": 2, "max_unscored": 3},
+            "ppo": {"num_minibatches": 1},
+        }
+    )
+    held = highest = 0
+
+    class Crew:
+        """Samples at once, scores slowly."""
+
+        def __init__(self) -> None:
+            self.config = config
+            self.unscored = asyncio.Semaphore(config.rollout.unscored_units)
+
+        async def sample(self, *_: Any) -> tuple[Info, str, str]:
+            nonlocal held, highest
+            held += 1
+            highest = max(highest, held)
+            return Info(0.0), "trajectory", "images"
+
+        async def score(self, _: Any, __: Any, prompts: list[str], ___: Any) -> Scores:
+            nonlocal held
+            await asyncio.sleep(0.01)
+            held -= 1
+            return Scores([1.0] * len(prompts), None, 0.01)
+
+    async def job() -> int:
+        units = plan_units(config, [Prompt("a"), Prompt("b")], 0)
+        crew: Any = Crew()
+        snapshot: Any = "policy"
+        return len((await collect(crew, units, snapshot)).rewards)
+
+    assert asyncio.run(job()) == 16
+    assert highest == 3

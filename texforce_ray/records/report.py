@@ -66,16 +66,16 @@ def _charts(metrics: Metrics) -> str:
     def one(key: str, spread: str = "") -> Series:
         return _series(metrics, key, key.partition("/")[2] or key, spread)
 
-    components = [
-        key
-        for key in keys
-        if key.startswith("reward/")
-        and key not in ("reward/total_mean", "reward/masked")
-        and not key.endswith("_std")
-    ]
+    def rewards(ending: str) -> list[str]:
+        return [k for k in keys if k.startswith("reward/") and k.endswith(ending)]
+
+    components = [key for key in rewards("_mean") if key != "reward/total_mean"]
     charts = [
         line_chart("Reward", [one("reward/total_mean", "reward/total_std")], note=_band_note(keys)),
         line_chart("Reward components", [one(key) for key in components], note="raw values"),
+        # A component near 1 decides the total alone, one near 0 is drowned by the others.
+        line_chart("Correlation with the total", [one(key) for key in rewards("_correlation")]),
+        line_chart("Masked and gated", [one(k) for k in rewards("masked") + rewards("_gated")]),
         *(line_chart(key, [one(key)]) for key in keys if key.startswith("eval/")),
         line_chart("Approximate KL", [one("ppo/approx_kl")]),
         line_chart("Clipped fraction", [one("ppo/clipfrac")], zero=True),
