@@ -63,6 +63,7 @@ def test_long_prompts_other_modes_and_a_signal_in_the_final_evaluation(tmp_path:
     assert "prompts of their own" in (directory / "adapter" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_keeps_what_was_written(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -112,6 +113,7 @@ asyncio.new_event_loop().run_until_complete(cell())
 """
 
 
+@pytest.mark.slow
 def test_train_in_a_notebook_and_its_stop_button(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     process = subprocess.Popen(

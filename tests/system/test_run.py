@@ -59,7 +59,7 @@ def test_three_rollout_actors_give_the_bits_of_one(plain: Finished, tmp_path: Pa
     assert three.adapter() == plain.adapter()
 
 
-@pytest.mark.parametrize("which", ["plain", "pipelined"])
+@pytest.mark.parametrize("which", [pytest.param("plain", marks=pytest.mark.slow), "pipelined"])
 def test_kill_9_and_resume_give_the_bits_of_no_interruption(
     which: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
