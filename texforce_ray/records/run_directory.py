@@ -51,11 +51,8 @@ class RunDirectory:
                 f"{path} already holds a run; continue it with --resume {path}, or choose another "
                 "run_dir"
             )
-        check_writable(path)
-        lock = _acquire(path)
-        atomic_write_text(path / "config.yaml", to_yaml(config))
-        atomic_write_text(path / "inputs.json", json.dumps({"prompts": prompts_digest}) + "\n")
-        return RunDirectory(path, lock, start=0)
+        inputs = json.dumps({"prompts": prompts_digest}) + "\n"
+        return _open(path, 0, {"config.yaml": to_yaml(config), "inputs.json": inputs})
 
     @staticmethod
     def reopen(config: Config, start: int) -> RunDirectory:
@@ -64,11 +61,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: not writable, or in use.
         """
-        path = Path(config.run_dir)
-        check_writable(path)
-        lock = _acquire(path)
-        atomic_write_text(path / "config.yaml", to_yaml(config))
-        return RunDirectory(path, lock, start)
+        return _open(Path(config.run_dir), start, {"config.yaml": to_yaml(config)})
 
     def recorded_mask(self, iteration: int, seeds: np.ndarray) -> np.ndarray:
         """bool [N], False for samples that an earlier attempt at this iteration masked for good."""
@@ -113,6 +106,19 @@ class RunDirectory:
     def close(self) -> None:
         self.metrics.close()
         os.close(self._lock)
+
+
+def _open(path: Path, start: int, files: Mapping[str, str]) -> RunDirectory:
+    """Lock the directory, then write its first files; a failure leaves it unlocked."""
+    check_writable(path)
+    lock = _acquire(path)
+    try:
+        for name, text in files.items():
+            atomic_write_text(path / name, text)
+        return RunDirectory(path, lock, start)
+    except BaseException:
+        os.close(lock)  # a notebook's process lives on and may try again
+        raise
 
 
 def _acquire(path: Path) -> int:
