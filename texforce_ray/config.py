@@ -269,6 +269,24 @@ class PpoConfig(_Section):
     )
 
 
+class DirectConfig(_Section):
+    """Instead of PPO: backpropagation of differentiable rewards through the last steps."""
+
+    method: Literal["refl", "draft", "alignprop"] = Field(
+        "refl",
+        description="'refl': leap from a late step to the image; 'draft': denoise the last steps "
+        "with gradient; 'alignprop': as many of them as are drawn for each update",
+    )
+    steps: int = Field(
+        1,
+        ge=1,
+        description="K: 'draft' takes the last K steps, the others one to K, drawn for each update",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute the U-Net twice rather than keep its activations"
+    )
+
+
 class OptimizerConfig(_Section):
     """AdamW on the adapter."""
 
@@ -364,6 +382,11 @@ class Config(_Section):
     )
     advantage: AdvantageConfig = Field(default_factory=AdvantageConfig, description="baseline")
     ppo: PpoConfig = Field(default_factory=PpoConfig, description="policy update")
+    direct: DirectConfig | None = Field(
+        None,
+        description="train by backpropagation of differentiable rewards instead of PPO; {}: "
+        "defaults. ppo.epochs and ppo.num_minibatches still say how many updates there are",
+    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW")
     learner: LearnerConfig = Field(default_factory=LearnerConfig, description="learner actor")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="evaluation")
@@ -445,10 +468,28 @@ class Config(_Section):
                 "prompts.samples_per_prompt: 1 with advantage.mode 'group' makes every advantage "
                 "0; use at least 2 samples per prompt, or mode 'prompt' or 'batch'"
             )
+        if self.direct is not None:
+            self._check_direct()
         keys = [reward.key for reward in self.rewards]
         if twice := {key for key in keys if keys.count(key) > 1}:
             raise ValueError(f"rewards: {sorted(twice)} named twice; give each its own 'label'")
         return self
+
+    def _check_direct(self) -> None:
+        if self.ppo.kl_weight:
+            raise ValueError(
+                f"ppo.kl_weight: {self.ppo.kl_weight} has no effect with 'direct', which does not "
+                "train by PPO; leave it 0"
+            )
+        trained = [reward for reward in self.rewards if reward.weight]
+        if not trained:
+            raise ValueError("rewards: with 'direct' at least one needs a weight other than 0")
+        for reward in trained:
+            if reward.min is not None or reward.normalize != "none":
+                raise ValueError(
+                    f"rewards: {reward.key} has 'min' or 'normalize', through which 'direct' "
+                    "cannot differentiate; leave both out"
+                )
 
     def placement_free(self) -> dict[str, Any]:
         """The result-affecting fields alone, as plain data: must be equal on resume."""

@@ -41,7 +41,7 @@ from texforce_ray.recorder import Recorder
 from texforce_ray.records.checkpoint import Checkpoint, checkpoints, newest_checkpoint
 from texforce_ray.records.progress import Progress
 from texforce_ray.records.run_directory import RunDirectory, check_resumable, digest
-from texforce_ray.rewards import resolve
+from texforce_ray.rewards import check_differentiable, resolve
 from texforce_ray.rl.baseline import Baseline
 from texforce_ray.signals import cancel_on_signal
 
@@ -122,6 +122,8 @@ def check_inputs(config: Config) -> tuple[list[Prompt], list[Prompt]]:
     for reward in config.rewards:
         resolve(reward.name, reward.target)
         chosen(reward)
+        if config.direct is not None and reward.weight:
+            check_differentiable(reward.name)
     prompts = load_prompts(config.prompts.train)
     return prompts, load_prompts(config.eval.prompts) if config.eval.prompts else prompts
 
@@ -254,7 +256,9 @@ async def _start(run: _Run, checkpoint: Checkpoint | None) -> Policy:
     if warning:
         run.progress.message(warning)
     policy = await Policy.start(run.crew, run.config, checkpoint)
-    if policy.version == 0 and run.config.eval.every:
-        await _evaluate(run, policy)
+    if run.config.eval.every:
+        # Drawn again by a resumed run: what follows is compared with it, image by image.
+        base = await evaluate(run.crew, run.eval_prompts, run.config.eval.images, [])
+        run.recorder.base_evaluation(base, new=policy.version == 0)
         run.progress.message(f"base model: evaluation reward {run.recorder.evaluated:.3f}")
     return policy

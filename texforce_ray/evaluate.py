@@ -1,6 +1,9 @@
 """Compare adapters with their base on the same prompts and seeds.
 
 `python -m texforce_ray.evaluate --adapter runs/x/adapter --prompts shapes-unseen --out DIR`
+
+Policies x prompt sets: any number of adapters and of weighted sums of adapters (`--fuse`), each on
+every `--prompts`.
 """
 
 from __future__ import annotations
@@ -36,7 +39,18 @@ def parser() -> argparse.ArgumentParser:
         metavar="[NAME=]DIR",
         help="an exported adapter; may be given several times",
     )
-    commands.add_argument("--prompts", help="built-in set or prompt file (default: the config's)")
+    commands.add_argument(
+        "--fuse",
+        action="append",
+        default=[],
+        metavar="NAME=DIR[*W]+DIR[*W]",
+        help="a weighted sum of adapters, exact; may be given several times",
+    )
+    commands.add_argument(
+        "--prompts",
+        action="append",
+        help="built-in set or prompt file (default: the config's); of several, each gets a folder",
+    )
     commands.add_argument("--images", type=int, default=256, help="images of each policy (256)")
     commands.add_argument("--out", type=Path, required=True, help="directory for the results")
     commands.add_argument("overrides", nargs="*", metavar="key.sub=value", help="as for the run")
@@ -49,50 +63,84 @@ def main(arguments: list[str] | None = None) -> int:
     options = commands.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        config, adapters = _configure(options)
-        summary = asyncio.run(_evaluate(config, adapters, options.images, options.out))
+        configs, policies = _configure(options)
+        summaries = asyncio.run(_evaluate(configs, policies, options.images, options.out))
     except TexForceError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    _print(summary, options.out)
+    _print(summaries, options.out)
     return 0
 
 
-def _configure(options: argparse.Namespace) -> tuple[Config, dict[str, Path]]:
+Weighted = tuple[float, Path]
+
+
+def _configure(
+    options: argparse.Namespace,
+) -> tuple[dict[str, Config], dict[str, list[Weighted]]]:
+    """A config for each prompt set, and each policy's adapters with their weights."""
     from texforce_ray.config_io import load_config
     from texforce_ray.model.location import adapter_files
 
     if options.images < 1:
         raise ConfigError(f"--images: {options.images} should be at least 1")
-    adapters: dict[str, Path] = {}
+    policies: dict[str, list[Weighted]] = {}
     file = options.config
     if options.run is not None:
         file = file or options.run / "config.yaml"
-        adapters["tuned"] = options.run / "adapter"
+        policies["tuned"] = [(1.0, options.run / "adapter")]
     for given in options.adapter:
         name, equals, path = given.rpartition("=")
         folder = Path(path)
         label = (
             name if equals else (folder.parent.name if folder.name == "adapter" else folder.name)
         )
-        if label in adapters or label == "base":
-            raise ConfigError(f"--adapter: {label!r} is taken; give it another name: NAME={path}")
-        adapters[label] = folder
-    for folder in adapters.values():
-        adapter_files(folder)
-    overrides = list(options.overrides)
-    if options.prompts:
-        kind = "path" if Path(options.prompts).suffix else "set"
-        other = "set" if kind == "path" else "path"
-        overrides += [f"eval.prompts.{kind}={options.prompts}", f"eval.prompts.{other}=null"]
-    return load_config(file, overrides), adapters
+        _add(policies, label, [(1.0, folder)], f"--adapter: {label!r} is taken; NAME={path}")
+    for given in options.fuse:
+        name, equals, terms = given.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--fuse: {given!r} should look like NAME=DIR*0.5+DIR")
+        parts = [_term(term) for term in terms.split("+")]
+        _add(policies, name, parts, f"--fuse: {name!r} is taken")
+    for parts in policies.values():
+        for _, folder in parts:
+            adapter_files(folder)
+    configs = {}
+    for prompts in options.prompts or [None]:
+        overrides = list(options.overrides)
+        if prompts:
+            kind = "path" if Path(prompts).suffix else "set"
+            other = "set" if kind == "path" else "path"
+            overrides += [f"eval.prompts.{kind}={prompts}", f"eval.prompts.{other}=null"]
+        label = Path(prompts).stem if prompts else ""
+        if label in configs:
+            raise ConfigError(f"--prompts: two are named {label!r}; rename a file")
+        configs[label] = load_config(file, overrides)
+    return configs, policies
+
+
+def _add(
+    policies: dict[str, list[Weighted]], label: str, parts: list[Weighted], taken: str
+) -> None:
+    if label in policies or label == "base":
+        raise ConfigError(f"{taken}: give it another name")
+    policies[label] = parts
+
+
+def _term(text: str) -> Weighted:
+    path, star, weight = text.rpartition("*")
+    try:
+        return (float(weight), Path(path)) if star else (1.0, Path(text))
+    except ValueError:
+        raise ConfigError(f"--fuse: {text!r} should look like DIR*0.5") from None
 
 
 async def _evaluate(
-    config: Config, adapters: dict[str, Path], images: int, out: Path
-) -> dict[str, Any]:
+    configs: dict[str, Config], policies: dict[str, list[Weighted]], images: int, out: Path
+) -> dict[str, dict[str, Any]]:
+    """Everything in one set of actors; a summary for each prompt set."""
     import ray
 
     from texforce_ray.actors.crew import Crew, connect
@@ -103,26 +151,31 @@ async def _evaluate(
     from texforce_ray.evaluation import evaluate
     from texforce_ray.records.files import check_writable
 
-    _, prompts = check_inputs(config)
+    prompts = {label: check_inputs(config)[1] for label, config in configs.items()}
+    config = next(iter(configs.values()))  # they differ in the prompts alone
     check_writable(out)
     started = connect(config)
     await wait_for_room(config, learner=False)
     crew = Crew(config, await prepare_environments(config), learner=False)
+    summaries = {}
     try:
         await crew.ready()
-        _, warning = await count_truncated(crew, prompts)
-        if warning:
-            print(warning, file=sys.stderr)
-        results = {"base": await evaluate(crew, prompts, images, [])}
-        for name, folder in adapters.items():
-            print(f"evaluating {name} ...", file=sys.stderr)
-            policy = await crew.load_adapter(folder)
-            results[name] = await evaluate(crew, prompts, images, [policy])
+        refs = {name: [await crew.load_policy(parts)] for name, parts in policies.items()}
+        for label, chosen in prompts.items():
+            _, warning = await count_truncated(crew, chosen)
+            if warning:
+                print(warning, file=sys.stderr)
+            results = {}
+            for name, policy in {"base": [], **refs}.items():
+                print(f"evaluating {name} {label and f'on {label} '}...", file=sys.stderr)
+                results[name] = await evaluate(crew, chosen, images, policy)
+            folder = out / label if len(configs) > 1 else out
+            summaries[label] = _write(configs[label], results, folder)
     finally:
         crew.close()
         if started:
             ray.shutdown()
-    return _write(config, results, out)
+    return summaries
 
 
 def _write(config: Config, results: dict[str, Evaluation], out: Path) -> dict[str, Any]:
@@ -172,27 +225,33 @@ def _write(config: Config, results: dict[str, Evaluation], out: Path) -> dict[st
     return summary
 
 
-def _print(summary: dict[str, Any], out: Path) -> None:
+def _print(summaries: dict[str, dict[str, Any]], out: Path) -> None:
     """A table, where the files are, and one JSON object in the last line."""
     from texforce_ray.records.files import to_json
 
-    print(f"{summary['images']} images of each policy, same prompts and seeds")
-    for label, rewards in summary["means"].items():
-        for name, value in rewards.items():
-            line = f"  {label:<12} {name:<24} {value['mean']:8.4f}"
-            line += f"  [{value['low']:.4f}, {value['high']:.4f}]"
-            if label != "base":
-                paired = summary["against_base"][label][name]
-                line += (
-                    f"  {paired['difference']:+.4f} against base "
-                    f"[{paired['low']:+.4f}, {paired['high']:+.4f}], better in "
-                    f"{paired['win_rate']:.0%}"
-                )
-            print(line)
-        look = summary["looks"][label]
-        print(f"  {label:<12} diversity {look['diversity']:.4f}, drift {look['drift']:.4f}")
+    for prompts, summary in summaries.items():
+        on = f" on {prompts}" if prompts else ""
+        print(f"{summary['images']} images of each policy{on}, same prompts and seeds")
+        for label in summary["means"]:
+            _print_policy(label, summary)
     print(f"results in {out}: summary.json, samples.parquet, comparison.png")
-    print(to_json(summary))
+    print(to_json(next(iter(summaries.values())) if len(summaries) == 1 else summaries))
+
+
+def _print_policy(label: str, summary: dict[str, Any]) -> None:
+    for name, value in summary["means"][label].items():
+        line = f"  {label:<12} {name:<24} {value['mean']:8.4f}"
+        line += f"  [{value['low']:.4f}, {value['high']:.4f}]"
+        if label != "base":
+            paired = summary["against_base"][label][name]
+            line += (
+                f"  {paired['difference']:+.4f} against base "
+                f"[{paired['low']:+.4f}, {paired['high']:+.4f}], better in "
+                f"{paired['win_rate']:.0%}"
+            )
+        print(line)
+    look = summary["looks"][label]
+    print(f"  {label:<12} diversity {look['diversity']:.4f}, drift {look['drift']:.4f}")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ class Recorder:
         self.samples_per_second: float | None = None
         self.evaluated = float("nan")
         self.truncated = 0
+        self._base: Evaluation | None = None
         self._best: float | None = None
         self._checkpoint_seconds = 0.0
         self._evaluation: dict[str, float] = {}
@@ -75,13 +76,25 @@ class Recorder:
         }
         self.directory.write_samples(batch.iteration, columns)
 
+    def base_evaluation(self, result: Evaluation, *, new: bool) -> None:
+        """The base model's scores and, in a new run, its grid: later evaluations drift from it."""
+        self._base = result
+        self.evaluated = result.means(self.names)["total"]
+        if new:
+            self._grid(0, result)
+
     def evaluation(self, version: int, result: Evaluation) -> None:
         """Scores and grid of an evaluation in the run."""
         means = result.means(self.names)
-        self.evaluated = means["total"]
-        if version > 0:  # the base model is no checkpoint
-            self._evaluation = {f"eval/{name}": value for name, value in means.items()}
-            self._best = self.evaluated
+        self.evaluated = self._best = means["total"]
+        self._evaluation = {f"eval/{name}": value for name, value in means.items()}
+        self._evaluation["eval/diversity"] = result.diversity()
+        if self._base is not None:
+            self._evaluation["eval/drift"] = result.drift(self._base)
+            self._evaluation["eval/base_total"] = self._base.means(self.names)["total"]
+        self._grid(version, result)
+
+    def _grid(self, version: int, result: Evaluation) -> None:
         shown = len(result.shown)
         self.directory.write_grid(
             version, result.shown, result.prompts[:shown], result.total[:shown]

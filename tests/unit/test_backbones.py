@@ -28,7 +28,8 @@ from texforce_ray.errors import ConfigError
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.adapter_files import export_adapter, read_adapter
 from texforce_ray.model.backbone import load_backbone
-from texforce_ray.rl.learner import Learner, UpdateBatch
+from texforce_ray.rl.learner import Learner
+from texforce_ray.rl.trainer import UpdateBatch
 from texforce_ray.shapes import networks
 from texforce_ray.shapes.pretrain import vocabulary
 from texforce_ray.shapes.tokenizer import MAX_LENGTH, build_tokenizer

@@ -20,8 +20,9 @@ from texforce_ray.diffusion.trajectory import Trajectory
 from texforce_ray.errors import NumericsError
 from texforce_ray.model.backbone import Backbone
 from texforce_ray.rl import ppo
-from texforce_ray.rl.learner import Learner, UpdateBatch, learning_rate_factor
+from texforce_ray.rl.learner import Learner
 from texforce_ray.rl.likelihood import Pairs
+from texforce_ray.rl.trainer import UpdateBatch, learning_rate_factor
 
 Load = Callable[[], Backbone]
 Randomize = Callable[..., None]

@@ -185,12 +185,12 @@ class Crew:
         )
         return files
 
-    async def load_adapter(self, directory: Path) -> ray.ObjectRef:
-        """A snapshot ref of an exported adapter; only the driver has to see its files."""
-        files = adapter_files(directory)
+    async def load_policy(self, adapters: Sequence[tuple[float, Path]]) -> ray.ObjectRef:
+        """A snapshot ref of exported adapters' weighted sum; only the driver must see the files."""
+        given = [(weight, str(path), adapter_files(path)) for weight, path in adapters]
         _, (snapshot,) = await self.rollouts.run(
-            f"loading {directory}",
-            lambda actor: actor.load_adapter.options(num_returns=2).remote(str(directory), files),
+            f"loading {', '.join(path for _, path, _ in given)}",
+            lambda actor: actor.load_policy.options(num_returns=2).remote(given),
             300.0,
         )
         return snapshot

@@ -16,6 +16,9 @@ from texforce_ray.model.snapshot import LearnerState, PolicySnapshot
 if TYPE_CHECKING:
     from ray import ObjectRef
 
+    from texforce_ray.model.backbone import Backbone
+    from texforce_ray.rl.trainer import Trainer
+
 Updated = tuple[dict[str, Any], LearnerState, PolicySnapshot, PolicySnapshot]
 
 
@@ -26,11 +29,10 @@ class LearnerActor:
         import torch
 
         from texforce_ray.model.backbone import load_config_backbone
-        from texforce_ray.rl.learner import Learner
 
         quiet_libraries()
         torch.set_num_threads(config.learner.num_threads)
-        self.learner = Learner(load_config_backbone(config.model, config.learner.num_gpus), config)
+        self.learner = _learner(load_config_backbone(config.model, config.learner.num_gpus), config)
 
     def ready(self) -> str:
         """Device and process, for log messages."""
@@ -61,7 +63,7 @@ class LearnerActor:
         import ray
 
         from texforce_ray.diffusion.trajectory import concatenate
-        from texforce_ray.rl.learner import UpdateBatch
+        from texforce_ray.rl.trainer import UpdateBatch
 
         start = time.perf_counter()
         if self.learner.version != version:
@@ -73,3 +75,15 @@ class LearnerActor:
     def _published(self, metrics: dict[str, Any]) -> Updated:
         learner = self.learner
         return metrics, learner.state(), learner.snapshot(), learner.evaluation_snapshot()
+
+
+def _learner(backbone: Backbone, config: Config) -> Trainer:
+    """PPO, or backpropagation through the rewards, which then live here."""
+    if config.direct is None:
+        from texforce_ray.rl.learner import Learner
+
+        return Learner(backbone, config)
+    from texforce_ray.rewards.differentiable import total_of
+    from texforce_ray.rl.direct import DirectLearner
+
+    return DirectLearner(backbone, config, total_of(config.rewards, backbone.device.type))

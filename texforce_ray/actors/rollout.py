@@ -99,15 +99,23 @@ class RolloutActor:
             files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
             return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
-    def load_adapter(self, origin: str, files: dict[str, bytes]) -> tuple[None, PolicySnapshot]:
-        """Read an exported adapter; `origin` is the name that errors give it."""
+    def load_policy(
+        self, adapters: Sequence[tuple[float, str, dict[str, bytes]]]
+    ) -> tuple[None, PolicySnapshot]:
+        """Weighted sum of exported adapters: (weight, name for errors, files) each."""
         from texforce_ray.model.adapter_files import read_adapter
+        from texforce_ray.model.fusion import fuse
 
-        with tempfile.TemporaryDirectory() as folder:
-            for name, data in files.items():
-                (Path(folder) / name).parent.mkdir(exist_ok=True)
-                (Path(folder) / name).write_bytes(data)
-            return None, read_adapter(Path(folder), origin)
+        found = []
+        for weight, origin, files in adapters:
+            with tempfile.TemporaryDirectory() as folder:
+                for name, data in files.items():
+                    (Path(folder) / name).parent.mkdir(exist_ok=True)
+                    (Path(folder) / name).write_bytes(data)
+                found.append((weight, read_adapter(Path(folder), origin)))
+        if len(found) == 1 and found[0][0] == 1.0:
+            return None, found[0][1]
+        return None, fuse(found)
 
     def _pull(self, policy: Sequence[ObjectRef]) -> None:
         """Load the task's policy, if it is not the loaded one: a restarted actor heals itself."""

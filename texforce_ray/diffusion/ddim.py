@@ -79,21 +79,25 @@ def step_mean(table: StepTable, step: Tensor, x: Tensor, prediction: Tensor) -> 
         x: x_t, float [B, C, h, w].
         prediction: the model's output, same shape, meaning by `table.prediction_type`.
     """
-    alpha, alpha_prev = _per_sample(table.alpha, step, x), _per_sample(table.alpha_prev, step, x)
-    sigma = _per_sample(table.sigma, step, x)
-    beta = 1 - alpha
-    if table.prediction_type == "epsilon":
-        x0 = (x - beta**0.5 * prediction) / alpha**0.5
-        epsilon = prediction
-    elif table.prediction_type == "sample":
-        x0 = prediction
-        epsilon = (x - alpha**0.5 * x0) / beta**0.5
-    else:
-        x0 = (alpha**0.5) * x - (beta**0.5) * prediction
-        epsilon = (alpha**0.5) * prediction + (beta**0.5) * x
+    alpha_prev, sigma = _per_sample(table.alpha_prev, step, x), _per_sample(table.sigma, step, x)
+    x0, epsilon = predicted(table, step, x, prediction)
     # Rounding makes it negative where alpha = 0 (zero terminal SNR) and eta = 1.
     direction = (1 - alpha_prev - sigma**2).clamp(min=0) ** 0.5 * epsilon
     return alpha_prev**0.5 * x0 + direction
+
+
+def predicted(
+    table: StepTable, step: Tensor, x: Tensor, prediction: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(x0, eps) that the model's output stands for; arguments and shapes as in `step_mean`."""
+    alpha = _per_sample(table.alpha, step, x)
+    beta = 1 - alpha
+    if table.prediction_type == "epsilon":
+        return (x - beta**0.5 * prediction) / alpha**0.5, prediction
+    if table.prediction_type == "sample":
+        return prediction, (x - alpha**0.5 * prediction) / beta**0.5
+    x0 = (alpha**0.5) * x - (beta**0.5) * prediction
+    return x0, (alpha**0.5) * prediction + (beta**0.5) * x
 
 
 def add_noise(table: StepTable, step: Tensor, mean: Tensor, noise: Tensor) -> Tensor:

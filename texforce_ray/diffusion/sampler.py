@@ -96,6 +96,26 @@ def encode_for_guidance(
     return Conditioning.cat([empty[torch.zeros_like(inverse)], conditioning])
 
 
+def policy_output(
+    backbone: Backbone,
+    table: ddim.StepTable,
+    step: Tensor,
+    x: Tensor,
+    conditioning: Conditioning,
+    guidance_scale: float,
+) -> Tensor:
+    """The guided output of the U-Net at each (sample, step): float [B, C, h, w].
+
+    `conditioning` holds B prompts, or 2 B with the empty ones first where guidance_scale > 1.
+    """
+    timesteps = table.timesteps[step]
+    if guidance_scale <= 1:
+        return backbone.predict(x, timesteps, conditioning)
+    output = backbone.predict(torch.cat([x, x]), torch.cat([timesteps, timesteps]), conditioning)
+    unconditional, conditional = output.chunk(2)
+    return ddim.guide(unconditional, conditional, guidance_scale)
+
+
 def policy_mean(
     backbone: Backbone,
     table: ddim.StepTable,
@@ -106,12 +126,21 @@ def policy_mean(
 ) -> Tensor:
     """Mean of the policy's Gaussian at each (sample, step): float [B, C, h, w].
 
-    `conditioning` holds B prompts, or 2 B with the empty ones first where guidance_scale > 1.
     Sampler and learner share this function: what they compute can only differ by rounding.
     """
-    timesteps = table.timesteps[step]
-    if guidance_scale <= 1:
-        return ddim.step_mean(table, step, x, backbone.predict(x, timesteps, conditioning))
-    output = backbone.predict(torch.cat([x, x]), torch.cat([timesteps, timesteps]), conditioning)
-    unconditional, conditional = output.chunk(2)
-    return ddim.step_mean(table, step, x, ddim.guide(unconditional, conditional, guidance_scale))
+    output = policy_output(backbone, table, step, x, conditioning, guidance_scale)
+    return ddim.step_mean(table, step, x, output)
+
+
+def replay_noise(backbone: Backbone, seeds: np.ndarray, steps: int) -> list[Tensor]:
+    """The noise that `Sampler` added at each of `steps` denoising steps: float [B, C, h, w] each.
+
+    A pure function of the seeds, so trajectories need not carry it.
+    """
+    generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
+    shape = (len(seeds), *backbone.latent_shape)
+    drawn = [
+        randn_tensor(shape, generator=generators, device=backbone.device, dtype=backbone.dtype)
+        for _ in range(steps + 1)
+    ]
+    return drawn[1:]  # the first is where denoising starts

@@ -138,12 +138,15 @@ class Backbone:
         """The U-Net's output for x [B, C, h, w] at timesteps [B]."""
         return self.unet(x, timesteps, encoder_hidden_states=conditioning.hidden).sample
 
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] to images in [0, 1], [B, 3, H, W], with gradient."""
+        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        return (self.vae.decode(scaled).sample / 2 + 0.5).clamp(0, 1)
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents [B, C, h, w] to images, uint8 [B, H, W, 3]."""
-        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        pixels = self.vae.decode(scaled).sample
-        pixels = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+        pixels = self.decode_pixels(latents).mul(255).round().to(torch.uint8)
         return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 

@@ -73,6 +73,13 @@ BUILT_IN: dict[str, Callable[[], list[str]]] = {
         "a red triangle and a blue square",
         "a green triangle above a yellow circle",
     ],
+    # Their unseen partners: one object of each is another, of a pair that is held out.
+    "shapes-phrases-unseen": lambda: [
+        "a green square",
+        "three red circles",
+        "a red circle and a blue square",
+        "a green square above a yellow circle",
+    ],
     **{f"shapes-{ability}": _ability(ability) for ability in ABILITIES},
     "hands": _hands,
     "faces": _faces,

@@ -16,7 +16,8 @@ class Entry:
 
     target: 'package.module:Class'. packages: its set in `environments.SETS`. isolated: whether it
     gets that environment unless the config says otherwise; the others run beside the rollouts.
-    scores: the range. source: where it comes from.
+    scores: the range. source: where it comes from. differentiable: whether it offers
+    `score_differentiable`.
     """
 
     target: str
@@ -24,11 +25,20 @@ class Entry:
     isolated: bool
     scores: str
     source: str
+    differentiable: bool = False
 
 
 BUILT_IN: dict[str, Entry] = {
     "shapes": Entry(
         f"{_HERE}.shapes:ShapesReward", "light", False, "0 to 1", "the shapes world: docs/shapes.md"
+    ),
+    "shapes_scorer": Entry(
+        f"{_HERE}.shapes_scorer:ShapesScorer",
+        "clip",
+        False,
+        "0 to 1",
+        "a network that learned to read images as `shapes` does: docs/shapes.md",
+        differentiable=True,
     ),
     "jpeg_compressibility": Entry(
         f"{_HERE}.jpeg:JpegCompressibility", "light", False, "below 0 (kB)", "DDPO, section 5"
@@ -44,17 +54,39 @@ BUILT_IN: dict[str, Entry] = {
         "ImageReward, NeurIPS 2023",
     ),
     "hpsv2": Entry(
-        f"{_HERE}.hps:HpsV2", "open-clip", True, "-1 to 1, mostly .2 to .3", "HPS v2, 2023"
+        f"{_HERE}.hps:HpsV2",
+        "open-clip",
+        True,
+        "-1 to 1, mostly .2 to .3",
+        "HPS v2, 2023",
+        differentiable=True,
     ),
     "hpsv2.1": Entry(
-        f"{_HERE}.hps:HpsV21", "open-clip", True, "-1 to 1, mostly .2 to .35", "HPS v2.1, 2023"
+        f"{_HERE}.hps:HpsV21",
+        "open-clip",
+        True,
+        "-1 to 1, mostly .2 to .35",
+        "HPS v2.1, 2023",
+        differentiable=True,
     ),
     "pickscore": Entry(
-        f"{_HERE}.clip:PickScore", "clip", False, "about 15 to 28", "Pick-a-Pic, NeurIPS 2023"
+        f"{_HERE}.clip:PickScore",
+        "clip",
+        False,
+        "about 15 to 28",
+        "Pick-a-Pic, NeurIPS 2023",
+        differentiable=True,
     ),
-    "clip_score": Entry(f"{_HERE}.clip:ClipScore", "clip", False, "-1 to 1", "CLIP, ICML 2021"),
+    "clip_score": Entry(
+        f"{_HERE}.clip:ClipScore", "clip", False, "-1 to 1", "CLIP, ICML 2021", differentiable=True
+    ),
     "aesthetic": Entry(
-        f"{_HERE}.clip:Aesthetic", "clip", False, "about 1 to 10", "LAION-Aesthetics V2, 2022"
+        f"{_HERE}.clip:Aesthetic",
+        "clip",
+        False,
+        "about 1 to 10",
+        "LAION-Aesthetics V2, 2022",
+        differentiable=True,
     ),
     "hand": Entry(
         f"{_HERE}.hand:Hand", "mediapipe", True, "0 to 1", "MediaPipe Hands; TexForce, section 4"
@@ -95,6 +127,17 @@ def resolve(name: str | None, target: str | None) -> str:
     if target is not None:
         return target
     return find(str(name)).target
+
+
+def check_differentiable(name: str | None) -> None:
+    """Raise RewardError unless a built-in reward has a gradient; the user's own say so later."""
+    if name is not None and not find(name).differentiable:
+        able = ", ".join(sorted(key for key, entry in BUILT_IN.items() if entry.differentiable))
+        raise RewardError(
+            f"direct: reward {name!r} has no gradient to the image; those that have: {able}, and "
+            "your own with a method score_differentiable(images, prompts). Rewards with weight 0 "
+            "are only recorded, and PPO (direct: null) needs no gradient"
+        )
 
 
 def arguments(name: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:

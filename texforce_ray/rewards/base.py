@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from texforce_ray.errors import RewardError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @runtime_checkable
@@ -24,6 +27,23 @@ class Reward(Protocol):
             images: uint8 [B, H, W, 3], read-only.
             prompts: B texts.
             metadata: B mappings, whatever the prompt file had besides the text.
+        """
+        ...
+
+
+@runtime_checkable
+class DifferentiableReward(Reward, Protocol):
+    """A reward that can also be raised by its gradient (`direct` in the configuration)."""
+
+    def score_differentiable(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """What `score` gives, with a gradient to the images.
+
+        Args:
+            images: float [B, 3, H, W] in [0, 1], on the learner's device.
+            prompts: B texts.
+
+        Returns:
+            float [B].
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from texforce_ray.rewards.torch_models import (
     load_weights,
     pick_device,
     pick_dtype,
+    resize_and_crop,
+    standardize,
     weights_file,
 )
 
@@ -55,9 +58,19 @@ class _Clip:
     @torch.no_grad()
     def images(self, images: np.ndarray) -> Tensor:
         """Unit embeddings of uint8 [B, H, W, 3]: float32 [B, D]."""
-        pixels = self.prepare(to_pil(images), return_tensors="pt").pixel_values
+        return self.embed(self.prepare(to_pil(images), return_tensors="pt").pixel_values)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Unit embeddings of prepared pixels [B, 3, S, S], with gradient: float32 [B, D]."""
         output = self.model.vision_model(pixel_values=pixels.to(self.device, self.dtype))
         return normalize(self.model.visual_projection(output.pooler_output).float(), dim=-1)
+
+    def images_differentiable(self, images: Tensor) -> Tensor:
+        """Unit embeddings of float [B, 3, H, W] in [0, 1], prepared in torch, with gradient."""
+        size, crop = self.prepare.size["shortest_edge"], self.prepare.crop_size
+        mean, std = self.prepare.image_mean, self.prepare.image_std
+        pixels = resize_and_crop(images.float(), size, (crop["height"], crop["width"]))
+        return self.embed(standardize(pixels, mean, std))
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> Tensor:
@@ -93,11 +106,17 @@ class ClipScore:
     ) -> list[float]:
         """Scores of uint8 [B, H, W, 3] in one forward pass; equal prompts are encoded once."""
         del metadata
+        return self._cosine(self.clip.images(images), prompts).tolist()
+
+    def score_differentiable(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores of float [B, 3, H, W] in [0, 1] with gradient: float32 [B]."""
+        return self._cosine(self.clip.images_differentiable(images), prompts)
+
+    def _cosine(self, embeddings: Tensor, prompts: Sequence[str]) -> Tensor:
         distinct = list(dict.fromkeys(prompts))
         texts = self.clip.texts(distinct)
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=texts.device)
-        cosine = (self.clip.images(images) * texts[rows]).sum(dim=-1)
-        return (self.scale * cosine).tolist()
+        return self.scale * (embeddings * texts[rows]).sum(dim=-1)
 
 
 class PickScore(ClipScore):
@@ -165,3 +184,8 @@ class Aesthetic:
         """Scores of uint8 [B, H, W, 3] in one forward pass; the prompts play no part."""
         del prompts, metadata
         return self.head(self.clip.images(images)).squeeze(-1).tolist()
+
+    def score_differentiable(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores of float [B, 3, H, W] in [0, 1] with gradient: float32 [B]."""
+        del prompts
+        return self.head(self.clip.images_differentiable(images)).squeeze(-1)

@@ -5,6 +5,7 @@ Not the hpsv2 package: it pins old packages and lacks its own vocabulary file.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from texforce_ray.rewards.torch_models import (
     load_weights,
     pick_device,
     pick_dtype,
+    resize,
+    standardize,
     weights_file,
 )
 
@@ -69,14 +72,29 @@ class HpsV2:
     ) -> list[float]:
         """Scores of uint8 [B, H, W, 3] in one forward pass; equal prompts are encoded once."""
         del metadata
-        distinct = list(dict.fromkeys(prompts))
-        tokens = self.tokenize(distinct).to(self.device)
-        texts = normalize(self.model.encode_text(tokens).float(), dim=-1)
-        rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=texts.device)
         pixels = torch.stack([self.prepare(image) for image in to_pil(images)])
-        pixels = pixels.to(self.device, self.dtype)
-        features = normalize(self.model.encode_image(pixels).float(), dim=-1)
-        return (features * texts[rows]).sum(dim=-1).tolist()
+        return self._cosine(pixels, prompts).tolist()
+
+    def score_differentiable(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores of float [B, 3, H, W] in [0, 1] with gradient: float32 [B]."""
+        height, width = images.shape[-2:]
+        factor = self.size / max(height, width)
+        resized = resize(images.float(), (round(height * factor), round(width * factor)))
+        height, width = resized.shape[-2:]
+        top, left = (self.size - height) // 2, (self.size - width) // 2
+        edges = (left, self.size - width - left, top, self.size - height - top)
+        canvas = torch.nn.functional.pad(resized, edges)
+        mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+        return self._cosine(standardize(canvas, mean, std), prompts)
+
+    def _cosine(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        distinct = list(dict.fromkeys(prompts))
+        with torch.no_grad():
+            tokens = self.tokenize(distinct).to(self.device)
+            texts = normalize(self.model.encode_text(tokens).float(), dim=-1)
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=texts.device)
+        encoded = self.model.encode_image(pixels.to(self.device, self.dtype))
+        return (normalize(encoded.float(), dim=-1) * texts[rows]).sum(dim=-1)
 
 
 class HpsV21(HpsV2):

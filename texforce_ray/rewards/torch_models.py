@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from texforce_ray.errors import RewardError
 
@@ -87,3 +89,27 @@ def load_into(model: torch.nn.Module, state: dict[str, Any], what: str) -> None:
             f"weights of {what} do not fit the model: missing {missing[:3]}, "
             f"unexpected {unexpected[:3]}"
         )
+
+
+def resize_and_crop(images: Tensor, shortest: int, crop: tuple[int, int]) -> Tensor:
+    """CLIP's preparation of [B, 3, H, W], with gradient: shortest side to size, then the centre."""
+    height, width = images.shape[-2:]
+    factor = shortest / min(height, width)
+    resized = resize(images, (round(height * factor), round(width * factor)))
+    top, left = ((resized.shape[-2 + i] - crop[i]) // 2 for i in range(2))
+    return resized[..., top : top + crop[0], left : left + crop[1]]
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """As Pillow's bicubic resize, but for its rounding to 8 bits; values stay in [0, 1]."""
+    resized = torch.nn.functional.interpolate(
+        images, size, mode="bicubic", antialias=True, align_corners=False
+    )
+    return resized.clamp(0, 1)
+
+
+def standardize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(images - mean) / std for each channel of [B, 3, H, W]."""
+    shape = (1, 3, 1, 1)
+    center = torch.tensor(mean, device=images.device).reshape(shape)
+    return (images - center) / torch.tensor(std, device=images.device).reshape(shape)

@@ -104,7 +104,11 @@ def score(image: np.ndarray, scene: Scene) -> float:
     divided by the larger of the two numbers, so that missing and surplus objects cost the same.
     In a location scene 40 % of the score are the relative position of the paired objects.
     """
-    found = detect(image)
+    return match(detect(image), scene)
+
+
+def match(found: list[Found], scene: Scene) -> float:
+    """As `score`, for what `detect` found in an image."""
     if not found:
         return 0.0
     wanted = scene.objects

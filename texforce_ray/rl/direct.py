@@ -1,0 +1,126 @@
+"""Direct backpropagation of differentiable rewards: the comparisons that the paper draws. No Ray.
+
+ReFL (Xu et al. 2023), DRaFT-K (Clark et al. 2024) and AlignProp (Prabhudesai et al. 2023) on the
+same trajectories as PPO: the last steps are computed once more, with gradient, from the stored
+latent and the noise that the sample's seed gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from texforce_ray import randomness
+from texforce_ray.config import Config, DirectConfig
+from texforce_ray.diffusion import ddim
+from texforce_ray.diffusion.sampler import (
+    encode_for_guidance,
+    policy_mean,
+    policy_output,
+    replay_noise,
+)
+from texforce_ray.diffusion.trajectory import Trajectory
+from texforce_ray.model.backbone import Backbone, Conditioning
+from texforce_ray.model.snapshot import PolicySnapshot
+from texforce_ray.rl.trainer import Trainer, UpdateBatch
+
+# Images in [0, 1], float [B, 3, H, W], and B prompts to scores, float [B], with gradient.
+DifferentiableScore = Callable[[Tensor, Sequence[str]], Tensor]
+
+
+class DirectLearner(Trainer):
+    """Raises a differentiable reward by its gradient; advantages play no part."""
+
+    def __init__(self, backbone: Backbone, config: Config, reward: DifferentiableScore) -> None:
+        """`reward` is the total that is raised: see `rewards.base.differentiable_total`."""
+        super().__init__(backbone, config)
+        assert config.direct is not None
+        self.direct: DirectConfig = config.direct
+        self.reward = reward
+
+    def update(self, batch: UpdateBatch, behaviour: PolicySnapshot | None = None) -> dict:
+        del behaviour  # the gradient is that of the current policy, whoever drew the start
+        scores: list[Tensor] = []
+        norms: list[float] = []
+        for epoch in range(self.config.ppo.epochs):
+            for rows in self._minibatches(batch, epoch):
+                norms.append(self._step(batch, rows, scores))
+        self.version += 1
+        trained = torch.cat(scores) if scores else torch.zeros(1)
+        return {
+            "direct/reward": float(trained.mean()),
+            "direct/reward_std": float(trained.std(correction=0)),
+            "learner/grad_norm": float(np.mean(norms)),
+            **self._rates(),
+        }
+
+    def _step(self, batch: UpdateBatch, rows: np.ndarray, scores: list[Tensor]) -> float:
+        """One optimizer update on the samples `rows`."""
+        valid = int(batch.mask[rows].sum())
+        first = first_step(self.direct, len(self.table.timesteps), self.config.seed, self.updates)
+        gradient = self._no_gradient()
+        for kept in self._shards(batch, rows):
+            for chunk in _chunks(kept, self.config.learner.microbatch_size):
+                with torch.enable_grad():
+                    images = self.images(batch.trajectory, chunk, first)
+                    prompts = [batch.trajectory.prompts[row] for row in chunk]
+                    score = self.reward(images, prompts)
+                    scores.append(score.detach().cpu())
+                    parts = torch.autograd.grad(
+                        -score.sum() / valid, self.parameters, allow_unused=True
+                    )
+                pairs = zip(gradient, parts, strict=True)
+                gradient = [g if part is None else g + part for g, part in pairs]
+        return self._apply(gradient)
+
+    def images(self, trajectory: Trajectory, rows: np.ndarray, first: int) -> Tensor:
+        """Images of samples `rows` under the current policy, given their latents at step `first`.
+
+        ReFL leaps to the image from there; the others denoise to the end. float [B, 3, H, W] in
+        [0, 1], with gradient.
+        """
+        backbone, device = self.backbone, self.backbone.device
+        ids = tuple(torch.from_numpy(part[rows]) for part in trajectory.prompt_ids)
+        conditioning = encode_for_guidance(backbone, ids, self.config.diffusion.guidance_scale)
+        x = torch.from_numpy(trajectory.latents[rows, first]).to(device, backbone.dtype)
+        if self.direct.method == "refl":
+            step = torch.full((len(rows),), first, device=device)
+            output = self._run(policy_output, step, x, conditioning)
+            x, _ = ddim.predicted(self.table, step, x, output)
+            return backbone.decode_pixels(x)
+        steps = len(self.table.timesteps)
+        noise = replay_noise(backbone, trajectory.seeds[rows], steps)
+        for index in range(first, steps):
+            step = torch.full((len(rows),), index, device=device)
+            mean = self._run(policy_mean, step, x, conditioning)
+            x = ddim.add_noise(self.table, step, mean, noise[index])
+        return backbone.decode_pixels(x)
+
+    def _run(
+        self, function: Callable[..., Tensor], step: Tensor, x: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        scale = self.config.diffusion.guidance_scale
+        given = (self.backbone, self.table, step, x, conditioning, scale)
+        if self.direct.gradient_checkpointing:
+            return checkpoint(function, *given, use_reentrant=False)
+        return function(*given)
+
+
+def first_step(direct: DirectConfig, steps: int, seed: int, update: int) -> int:
+    """The denoising step from which an update's gradient is computed.
+
+    ReFL and AlignProp draw it for each update; DRaFT-K always takes the last K.
+    """
+    longest = min(direct.steps, steps)
+    if direct.method == "draft":
+        return steps - longest
+    rng = randomness.generator(seed, randomness.TRUNCATION, update)
+    return steps - int(rng.integers(1, longest + 1))
+
+
+def _chunks(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return [rows[first : first + size] for first in range(0, len(rows), size)]

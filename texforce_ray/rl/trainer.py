@@ -1,0 +1,204 @@
+"""What every policy update shares: adapter, optimizer, exact state. No Ray.
+
+`rl.learner` trains with PPO, `rl.direct` through a differentiable reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from texforce_ray import randomness
+from texforce_ray.config import Config
+from texforce_ray.diffusion import ddim
+from texforce_ray.diffusion.trajectory import Trajectory
+from texforce_ray.errors import NumericsError
+from texforce_ray.model.adapter import Adapter
+from texforce_ray.model.backbone import Backbone
+from texforce_ray.model.snapshot import TEXT_ENCODERS, UNET, LearnerState, LoraShape, PolicySnapshot
+
+
+@dataclass(frozen=True)
+class UpdateBatch:
+    """One iteration's data: N trajectories, float64 [N] advantages, bool [N] mask (True: use)."""
+
+    trajectory: Trajectory
+    advantages: np.ndarray
+    mask: np.ndarray
+
+
+class Trainer:
+    """Adapter and optimizer of a policy; subclasses compute the gradient."""
+
+    def __init__(self, backbone: Backbone, config: Config) -> None:
+        self.backbone, self.config = backbone, config
+        self.table = ddim.step_table(
+            backbone.scheduler, config.diffusion.steps, config.diffusion.eta
+        ).to(backbone.device)
+        self.adapter = Adapter(backbone, adapter_shapes(config, backbone), config.seed)
+        self.parameters = self.adapter.parameters()
+        # The U-Net's gradient comes out of every pass; the encoders' is gathered at the embeddings.
+        unet = self.adapter.parts.get(UNET)
+        self._unet_parameters = unet.parameters() if unet else []
+        self._text_parameters = self.parameters[: len(self.parameters) - len(self._unet_parameters)]
+        o = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": part.parameters(), "peak": _peak(config, name)}
+                for name, part in self.adapter.parts.items()
+            ],
+            lr=o.lr,
+            betas=o.betas,
+            weight_decay=o.weight_decay,
+            eps=o.eps,
+        )
+        self.ema = [p.detach().clone() for p in self.parameters] if o.ema_decay else []
+        self.version = 0
+        self.updates = 0
+
+    # ---- state ---------------------------------------------------------------------------
+
+    def snapshot(self) -> PolicySnapshot:
+        return self.adapter.snapshot(self.version)
+
+    def evaluation_snapshot(self) -> PolicySnapshot:
+        """What is evaluated and exported: the averaged adapter if there is one."""
+        if not self.ema:
+            return self.snapshot()
+        with self._weights(self.ema):
+            return self.snapshot()
+
+    def state(self) -> LearnerState:
+        """Everything that the next update depends on, as copies."""
+        moments = {
+            f"{i}/{key}": value.detach().cpu().numpy().copy()
+            for i, p in enumerate(self.parameters)
+            for key, value in self.optimizer.state[p].items()
+        }
+        ema = {"parameters": {str(i): t.cpu().numpy().copy() for i, t in enumerate(self.ema)}}
+        adapters = self.adapter.snapshot(self.version).adapters
+        return LearnerState(self.version, self.updates, adapters, moments, ema if self.ema else {})
+
+    def load(self, state: LearnerState) -> None:
+        """Continue from `state`, exactly."""
+        self.version, self.updates = state.version, state.updates
+        self.adapter.load_weights(state.adapters)
+        self.optimizer.state.clear()
+        for key, value in state.optimizer.items():
+            index, _, name = key.partition("/")
+            parameter = self.parameters[int(index)]
+            # Adam keeps its step counter on the CPU, the moments beside their parameter.
+            device = "cpu" if name == "step" else parameter.device
+            self.optimizer.state[parameter][name] = torch.from_numpy(np.array(value)).to(device)
+        for i, tensor in enumerate(self.ema):
+            tensor.copy_(torch.from_numpy(np.array(state.ema["parameters"][str(i)])))
+
+    @contextmanager
+    def _weights(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """Within it, the adapter's parameters hold other values."""
+        own = [p.detach().clone() for p in self.parameters]
+        try:
+            self._set(weights)
+            yield
+        finally:
+            self._set(own)
+
+    @torch.no_grad()
+    def _set(self, weights: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, weights, strict=True):
+            parameter.copy_(value)
+
+    # ---- updates -------------------------------------------------------------------------
+
+    def update(self, batch: UpdateBatch, behaviour: PolicySnapshot | None = None) -> dict:
+        """All epochs and minibatches of one iteration.
+
+        Args:
+            batch: the iteration's samples.
+            behaviour: the snapshot that sampled them, where that is not the current policy.
+
+        Returns:
+            Metrics by the field's names.
+
+        Raises:
+            NumericsError: a gradient that is not finite, or numbers that disagree with the sampler.
+        """
+        raise NotImplementedError
+
+    def _minibatches(self, batch: UpdateBatch, epoch: int) -> list[np.ndarray]:
+        config = self.config
+        return randomness.minibatches(
+            config.seed, self.version, epoch, len(batch.trajectory), config.ppo.num_minibatches
+        )
+
+    def _shards(self, batch: UpdateBatch, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Samples to train on in fixed parts of a minibatch, in fixed order.
+
+        Whoever computes the parts' gradients, their sum rounds alike.
+        """
+        for shard in np.split(rows, self.config.learner.gradient_shards):
+            kept = shard[batch.mask[shard]]
+            if len(kept):
+                yield kept
+
+    def _no_gradient(self) -> list[Tensor]:
+        return [torch.zeros_like(p) for p in self.parameters]
+
+    def _apply(self, gradient: Sequence[Tensor]) -> float:
+        """One optimizer update; returns the gradient's norm before it is clipped."""
+        for parameter, value in zip(self.parameters, gradient, strict=True):
+            parameter.grad = value
+        o = self.config.optimizer
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, o.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise NumericsError(
+                f"the gradient of update {self.updates} in iteration {self.version} is {norm}; the "
+                "last checkpoint is sound. Try a smaller optimizer.lr or model.dtype=float32"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate_factor(
+                self.updates, self.config.total_updates, o.warmup_fraction, o.schedule
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        for average, parameter in zip(self.ema, self.parameters, strict=False):
+            average.lerp_(parameter.detach(), 1 - (o.ema_decay or 0))
+        return float(norm)
+
+    def _rates(self) -> dict[str, float]:
+        return {"learner/lr": self.optimizer.param_groups[0]["lr"], "learner/updates": self.updates}
+
+
+def adapter_shapes(config: Config, backbone: Backbone) -> dict[str, LoraShape]:
+    """The trained parts and their adapters' shapes; `text_encoder` means all that there are."""
+    lora = config.lora
+    shapes: dict[str, LoraShape] = {}
+    if lora.text_encoder:
+        shape = LoraShape(lora.rank, lora.alpha, lora.target_modules)
+        shapes |= {part: shape for part in backbone.parts() if part in TEXT_ENCODERS}
+    if lora.unet is not None:
+        shapes[UNET] = LoraShape(lora.unet.rank, lora.unet.alpha, lora.unet.target_modules)
+    return shapes
+
+
+def _peak(config: Config, part: str) -> float:
+    """A part's peak learning rate."""
+    own = config.lora.unet.lr if part == UNET and config.lora.unet else None
+    return own or config.optimizer.lr
+
+
+def learning_rate_factor(update: int, total: int, warmup_fraction: float, schedule: str) -> float:
+    """Linear warm-up over the first share of updates, then cosine to 0 or constant."""
+    warmup = round(total * warmup_fraction)
+    if update < warmup:
+        return (update + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    progress = (update - warmup) / max(1, total - warmup)
+    return 0.5 * (1 + float(np.cos(np.pi * min(1.0, progress))))
