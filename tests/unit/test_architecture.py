@@ -24,6 +24,7 @@ LAYERS = [
     ["collect", "evaluation", "policy", "recorder"],
     ["driver"],
     ["run", "evaluate", "fuse", "rewards.check"],
+    ["experiments"],
 ]
 
 

@@ -14,6 +14,12 @@ _BARS = 120  # more iterations than this are averaged into bars of several
 _DOTS = 60  # a line of more points is drawn without dots
 _FLOOR = 1e-9  # where a logarithmic axis ends when every value is 0
 
+_STANDALONE = (
+    "svg{--c0:#2f6fde;--c1:#d9822b;--c2:#1f9d6b;--c3:#8a5bd6;--c4:#c8447c;--c5:#2a9db5;--c6:#8a8f3c;"
+    "--c7:#7b8494;font:12px system-ui,sans-serif}text{fill:#667080}polyline{fill:none;"
+    "stroke-width:1.6}.grid{stroke:#e3e6eb}.band{opacity:.16}"
+)
+
 Number = float | None
 
 
@@ -98,8 +104,42 @@ def line_chart(
     marks = [_axes(xs, axis)]
     for index, s in enumerate(series):
         marks += _line(s, f"var(--c{index % _COLOURS})", xs, axis)
-    legend = [(s.name, next(y for y in reversed(s.ys) if y is not None)) for s in series]
-    return _figure(title, note, legend, "".join(marks))
+    return _figure(title, note, _legend(series), "".join(marks))
+
+
+def path_chart(title: str, series: Sequence[Series], across: str, *, note: str = "") -> str:
+    """Return a `<figure>` of lines over any quantity `across`, in the order of their points."""
+    series = [s for s in series if any(y is not None for y in s.ys)]
+    return _figure(title, note, _legend(series), _paths(series, across)) if series else ""
+
+
+def standalone_paths(title: str, series: Sequence[Series], across: str) -> str:
+    """The same as an SVG file of its own, with its legend and colours inside."""
+    labels = "".join(
+        f'<text x="{_LEFT}" y="{_HEIGHT + 14 + 16 * index}" style="fill:var(--c{index})">'
+        f"{escape(name)} {_short(value)}</text>"
+        for index, (name, value) in enumerate(_legend(series))
+    )
+    height = _HEIGHT + 12 + 16 * len(series)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -24 {_WIDTH} {height + 24}" '
+        f'width="{1.5 * _WIDTH:.0f}"><style>{_STANDALONE}</style>'
+        f'<rect y="-24" width="100%" height="100%" fill="#fff"/>'
+        f'<text x="{_LEFT}" y="-8">{escape(title)}</text>{_paths(series, across)}{labels}</svg>\n'
+    )
+
+
+def _paths(series: Sequence[Series], across: str) -> str:
+    ys = linear_axis([y for s in series for y in s.ys if y is not None])
+    xs = linear_axis([x for s in series for x in s.xs], zero=True)
+    marks = [_axes(xs, ys, across)]
+    for index, s in enumerate(series):
+        marks += _line(s, f"var(--c{index % _COLOURS})", xs, ys)
+    return "".join(marks)
+
+
+def _legend(series: Sequence[Series]) -> list[tuple[str, float]]:
+    return [(s.name, next(y for y in reversed(s.ys) if y is not None)) for s in series]
 
 
 def stacked_bars(
@@ -177,7 +217,7 @@ def _y(axis: Axis, value: float) -> float:
     return _HEIGHT - _BOTTOM - axis.place(value) * (_HEIGHT - _TOP - _BOTTOM)
 
 
-def _axes(xs: Axis, ys: Axis) -> str:
+def _axes(xs: Axis, ys: Axis, across: str = "iteration") -> str:
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     marks = []
     for tick in ys.ticks:
@@ -192,7 +232,7 @@ def _axes(xs: Axis, ys: Axis) -> str:
             f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{_short(tick)}</text>'
         )
     middle = (_LEFT + right) / 2
-    marks.append(f'<text x="{middle:.1f}" y="{_HEIGHT - 5}" text-anchor="middle">iteration</text>')
+    marks.append(f'<text x="{middle:.1f}" y="{_HEIGHT - 5}" text-anchor="middle">{across}</text>')
     return "".join(marks)
 
 

@@ -1,0 +1,78 @@
+"""Appearance at matched reward (the paper's Fig. 4): what did a gain in reward cost in looks?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run's evaluations in order: reward and drift from the base model, float [E] each.
+
+    The first point is the base model itself: its reward, at drift 0.
+    """
+
+    name: str
+    iterations: tuple[int, ...]
+    reward: tuple[float, ...]
+    drift: tuple[float, ...]
+
+    def points(self) -> list[dict[str, float]]:
+        keys = ("iteration", "reward", "drift")
+        columns = (self.iterations, self.reward, self.drift)
+        return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    @staticmethod
+    def mean(name: str, runs: Sequence[Sequence[Mapping[str, float]]]) -> Curve:
+        """The mean of several runs' points, as far as all of them go."""
+        length = min(map(len, runs))
+
+        def column(key: str) -> tuple[float, ...]:
+            values = np.array([[point[key] for point in run[:length]] for run in runs])
+            return tuple(values.mean(axis=0).tolist())
+
+        iterations = tuple(int(point["iteration"]) for point in runs[0][:length])
+        return Curve(name, iterations, column("reward"), column("drift"))
+
+    def drift_at(self, reward: float) -> float | None:
+        """Drift where the reward was first reached, between evaluations by a straight line."""
+        for index, (r, d) in enumerate(zip(self.reward, self.drift, strict=True)):
+            if r >= reward:
+                if index == 0:
+                    return d
+                before, drift = self.reward[index - 1], self.drift[index - 1]
+                return drift + (d - drift) * (reward - before) / (r - before)
+        return None
+
+
+def curve_of(name: str, metrics: Sequence[Mapping[str, Any]]) -> Curve:
+    """The curve that a run's metrics hold; empty if it was not evaluated on the way."""
+    found = [m for m in metrics if _known(m, "eval/total") and _known(m, "eval/drift")]
+    if not found:
+        return Curve(name, (), (), ())
+    start = {"eval/total": found[0]["eval/base_total"], "eval/drift": 0.0, "iteration": -1}
+    rows = [start, *found]
+    return Curve(
+        name,
+        tuple(int(m["iteration"]) + 1 for m in rows),
+        tuple(float(m["eval/total"]) for m in rows),
+        tuple(float(m["eval/drift"]) for m in rows),
+    )
+
+
+def matched_reward(curves: Sequence[Curve]) -> float | None:
+    """The highest reward that every curve reached; None unless all rose above their start."""
+    if not curves or any(not curve.reward for curve in curves):
+        return None
+    reached = min(max(curve.reward) for curve in curves)
+    return reached if all(reached > curve.reward[0] for curve in curves) else None
+
+
+def _known(record: Mapping[str, Any], key: str) -> bool:
+    value = record.get(key)
+    return isinstance(value, int | float) and math.isfinite(value)
