@@ -22,7 +22,7 @@ Made by `make paper-shapes` (`python -m texforce_ray.experiments shapes`) from t
 Rewards are means over the same 256 images for every policy, at seeds that are never trained on.
 Differences are paired with the base model; intervals are 95 % bootstraps that draw training seeds
 again, then images. Diversity: mean distance of two images of one prompt. Drift: mean distance from
-the base model's image at the same seed. Both are root mean squares over 16 x 16 thumbnails, 0 to 1."""
+the base model's image at the same seed. Both: root mean squares over 16 x 16 thumbnails, 0 to 1."""
 
 _TITLES = {
     "headline": "Text encoder, U-Net, both (Fig. 5, Tables 1 and 3)",
