@@ -457,19 +457,19 @@ class Config(_Section):
                 f"possible: {_divisors(self.minibatch_size)}"
             )
         a = self.advantage
-        if a.mode == "prompt" and a.buffer_size < max(a.min_count, self.prompts.samples_per_prompt):
+        if self.direct is not None:
+            self._check_direct()  # no advantages there
+        elif a.mode == "prompt" and a.buffer_size < max(a.min_count, self.prompts.samples_per_prompt):
             raise ValueError(
                 f"advantage.buffer_size: {a.buffer_size} should be at least advantage.min_count = "
                 f"{a.min_count} and prompts.samples_per_prompt = "
                 f"{self.prompts.samples_per_prompt}"
             )
-        if self.advantage.mode == "group" and self.prompts.samples_per_prompt < 2:
+        elif a.mode == "group" and self.prompts.samples_per_prompt < 2:
             raise ValueError(
                 "prompts.samples_per_prompt: 1 with advantage.mode 'group' makes every advantage "
                 "0; use at least 2 samples per prompt, or mode 'prompt' or 'batch'"
             )
-        if self.direct is not None:
-            self._check_direct()
         keys = [reward.key for reward in self.rewards]
         if twice := {key for key in keys if keys.count(key) > 1}:
             raise ValueError(f"rewards: {sorted(twice)} named twice; give each its own 'label'")

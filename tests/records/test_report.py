@@ -69,7 +69,7 @@ def _metrics(run_dir: Path, count: int = 6) -> None:
 def _full_run(run_dir: Path) -> None:
     _metrics(run_dir)
     (run_dir / "config.yaml").write_text(f"prompts: {NASTY}\n")
-    for name, grey in (("iteration-9", 10), ("iteration-100", 20), ("iteration-10", 30)):
+    for name, grey in (("step-9", 10), ("step-100", 20), ("step-10", 30)):
         save_png(run_dir / "images" / f"{name}.png", np.full((4, 4, 3), grey, np.uint8))
     save_png(run_dir / "evaluation" / "comparison.png", np.zeros((4, 4, 3), np.uint8))
     score = {"base": 0.4, "tuned": 0.8, "difference": 0.4, "low": 0.3, "high": 0.5, "images": 64}
@@ -100,9 +100,9 @@ def test_full_run_has_every_section(tmp_path: Path) -> None:
     assert text.count('class="band"') == 1
     assert "+0.4" in text
     assert "0.3 to 0.5" in text
-    # First and newest by number: iteration-100 sorts before iteration-9 by name.
+    # First and newest by number: step-100 sorts before step-9 by name.
     captions = re.findall(r'<figure class="picture"><figcaption>(.*?)<', text)
-    assert captions[1:] == ["iteration-9", "iteration-100"]
+    assert captions[1:] == ["step-9", "step-100"]
 
 
 def test_nothing_in_the_report_runs_or_is_fetched(tmp_path: Path) -> None:

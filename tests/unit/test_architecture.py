@@ -23,7 +23,7 @@ LAYERS = [
     ["actors"],
     ["collect", "evaluation", "policy", "recorder"],
     ["driver"],
-    ["run", "evaluate", "fuse", "rewards.check"],
+    ["run", "evaluate", "fuse", "report", "rewards.check"],
     ["experiments"],
 ]
 

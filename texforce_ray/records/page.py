@@ -59,6 +59,12 @@ svg .grid { stroke: var(--line); stroke-width: 1; }
   gap: 14px; align-items: start; }
 .picture { padding: 12px 14px; margin-bottom: 14px; }
 .picture img { display: block; max-width: 100%; height: auto; margin-top: 8px; border-radius: 4px; }
+.strip { display: grid; gap: 3px; overflow-x: auto; background: var(--card);
+  border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
+.strip div { display: flex; align-items: center; gap: 14px; }
+.strip span { flex: 0 0 130px; color: var(--muted); font-size: 13px; text-align: right;
+  overflow-wrap: anywhere; }
+.strip img { display: block; height: 72px; border-radius: 4px; }
 .wide { overflow-x: auto; margin-bottom: 14px; }
 table { border-collapse: separate; border-spacing: 0; min-width: 100%; }
 th, td { padding: 7px 14px; text-align: right; font-variant-numeric: tabular-nums; }

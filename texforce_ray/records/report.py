@@ -11,16 +11,18 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from texforce_ray.records.charts import Series, line_chart, stacked_bars
+from texforce_ray.records.charts import Series, line_chart, path_chart, stacked_bars
 from texforce_ray.records.files import atomic_write_text
+from texforce_ray.records.matched import curve_of
 from texforce_ray.records.metrics import read_metrics
 from texforce_ray.records.page import PAGE
 
 Metrics = list[dict[str, Any]]
+_STRIP = 12
 
 
-def write_report(run_dir: Path) -> Path:
-    """Build `report.html` from what lies in `run_dir` and return its path.
+def write_report(run_dir: Path, out: Path | None = None) -> Path:
+    """Build `report.html` (or `out`) from what lies in `run_dir` and return its path.
 
     Whatever is missing leaves its section out, so it works during a run and after a crash.
 
@@ -33,12 +35,13 @@ def write_report(run_dir: Path) -> Path:
         _key_figures(metrics),
         _evaluation(run_dir / "evaluation"),
         _grids(run_dir / "images"),
+        _strip(run_dir / "images"),
         _charts(metrics),
         _config(run_dir / "config.yaml"),
     )
     page = PAGE.replace("{title}", escape(run_dir.resolve().name))
     page = page.replace("{body}", "".join(filter(None, sections)) or "<p>Nothing recorded yet.</p>")
-    path = run_dir / "report.html"
+    path = out or run_dir / "report.html"
     atomic_write_text(path, page)
     return path
 
@@ -47,13 +50,13 @@ def _key_figures(metrics: Metrics) -> str:
     if not metrics:
         return ""
     figures = [("iterations recorded", str(len(metrics)))]
-    rewards = [v for v in _values(metrics, "reward/total_mean") if v is not None]
+    rewards = [v for v in values(metrics, "reward/total_mean") if v is not None]
     if rewards:
-        figures.append(("reward, first iteration", _number(rewards[0])))
-        figures.append(("reward, last iteration", _number(rewards[-1])))
-    speeds = sorted(v for v in _values(metrics, "samples_per_second") if v is not None)
+        figures.append(("reward, first iteration", number(rewards[0])))
+        figures.append(("reward, last iteration", number(rewards[-1])))
+    speeds = sorted(v for v in values(metrics, "samples_per_second") if v is not None)
     if speeds:
-        figures.append(("samples per second, median", _number(speeds[len(speeds) // 2])))
+        figures.append(("samples per second, median", number(speeds[len(speeds) // 2])))
     tiles = "".join(f"<div><b>{value}</b>{escape(name)}</div>" for name, value in figures)
     return f'<section class="figures">{tiles}</section>'
 
@@ -76,8 +79,11 @@ def _charts(metrics: Metrics) -> str:
         # A component near 1 decides the total alone, one near 0 is drowned by the others.
         line_chart("Correlation with the total", [one(key) for key in rewards("_correlation")]),
         line_chart("Masked and gated", [one(k) for k in rewards("masked") + rewards("_gated")]),
-        *(line_chart(key, [one(key)]) for key in keys if key.startswith("eval/")),
+        *(line_chart(key, [one(key)]) for key in keys if key in _evaluations(keys)),
+        _drift_chart(metrics),
+        line_chart("Reward as differentiated", [one("direct/reward")]),
         line_chart("Approximate KL", [one("ppo/approx_kl")]),
+        line_chart("KL to the base model", [one("ppo/kl_base")]),
         line_chart("Clipped fraction", [one("ppo/clipfrac")], zero=True),
         line_chart(
             "First-pass ratio error",
@@ -92,6 +98,23 @@ def _charts(metrics: Metrics) -> str:
     return f'<section><h2>Training</h2><div class="charts">{"".join(charts)}</div></section>'
 
 
+def _evaluations(keys: Sequence[str]) -> list[str]:
+    # With one reward its mean is the total; the base model's total is where the curve starts.
+    single = len([k for k in keys if k.startswith("reward/") and k.endswith("_mean")]) <= 2
+    left_out = {"eval/base_total"} | ({"eval/total"} if single else set())
+    return [key for key in keys if key.startswith("eval/") and key not in left_out]
+
+
+def _drift_chart(metrics: Metrics) -> str:
+    curve = curve_of("run", metrics)
+    return path_chart(
+        "Reward against appearance drift",
+        [Series("reward", curve.drift, curve.reward)] if curve.reward else [],
+        "drift from the base model",
+        note="evaluation",
+    )
+
+
 def _band_note(keys: Sequence[str]) -> str:
     return "mean ± standard deviation" if "reward/total_std" in keys else "mean"
 
@@ -99,9 +122,9 @@ def _band_note(keys: Sequence[str]) -> str:
 def _time_shares(metrics: Metrics, keys: Sequence[str]) -> str:
     # A total beside its parts would be counted twice.
     names = [key for key in keys if key.startswith("seconds/") and key != "seconds/total"]
-    rows = [record for record in metrics if any(_finite(record.get(name)) for name in names)]
+    rows = [record for record in metrics if any(finite(record.get(name)) for name in names)]
     parts = [
-        (name.partition("/")[2], [_finite(record.get(name)) or 0.0 for record in rows])
+        (name.partition("/")[2], [finite(record.get(name)) or 0.0 for record in rows])
         for name in names
     ]
     return stacked_bars(
@@ -112,15 +135,16 @@ def _time_shares(metrics: Metrics, keys: Sequence[str]) -> str:
 def _series(metrics: Metrics, key: str, name: str, spread: str) -> Series:
     # Only the records that have the key: what is evaluated every 10 iterations is still a line.
     rows = [record for record in metrics if key in record]
-    band = _values(rows, spread) if spread and any(spread in record for record in rows) else None
-    return Series(name, [record["iteration"] for record in rows], _values(rows, key), band)
+    band = values(rows, spread) if spread and any(spread in record for record in rows) else None
+    return Series(name, [record["iteration"] for record in rows], values(rows, key), band)
 
 
-def _values(metrics: Metrics, key: str) -> list[float | None]:
-    return [_finite(record.get(key)) for record in metrics]
+def values(metrics: Metrics, key: str) -> list[float | None]:
+    """A column of the metrics, None where there is no finite number."""
+    return [finite(record.get(key)) for record in metrics]
 
 
-def _finite(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
     """Return `value` if it is a finite number, else None: files may be edited by hand."""
     if isinstance(value, (int, float)) and math.isfinite(value):
         return float(value)
@@ -152,25 +176,47 @@ def _score_table(path: Path) -> str:
 
 def _score_row(name: str, scores: dict[str, Any]) -> str:
     low, high = scores.get("low"), scores.get("high")
-    difference = _finite(scores.get("difference"))
+    difference = finite(scores.get("difference"))
     # Coloured only if the interval leaves 0 out: else the sign is not known.
-    sure = (_finite(low) or 0) > 0 or (_finite(high) or 0) < 0
+    sure = (finite(low) or 0) > 0 or (finite(high) or 0) < 0
     kind = ("" if not sure else "up" if (difference or 0) > 0 else "down") if difference else ""
     signed = "-" if difference is None else f"{difference:+.4g}"
-    cells = [_number(scores.get("base")), _number(scores.get("tuned"))]
-    interval = f"{_number(low)} to {_number(high)}"
+    cells = [number(scores.get("base")), number(scores.get("tuned"))]
+    interval = f"{number(low)} to {number(high)}"
     return (
         f"<tr><td>{escape(str(name))}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}"
         f'<td class="{kind}">{signed}</td><td>{interval}</td>'
-        f"<td>{_number(scores.get('images'))}</td></tr>"
+        f"<td>{number(scores.get('images'))}</td></tr>"
     )
 
 
 def _grids(directory: Path) -> str:
-    paths = sorted(directory.glob("*.png"), key=_in_number_order)
+    paths = sorted(directory.glob("step-*.png"), key=_in_number_order)
     chosen = paths if len(paths) < 2 else [paths[0], paths[-1]]
     pictures = "".join(_picture(path, path.stem) for path in chosen)
     return f'<section><h2>Images</h2><div class="pair">{pictures}</div></section>' * bool(pictures)
+
+
+def _strip(directory: Path) -> str:
+    """The same images over training, one row for each evaluation; a dozen rows at most."""
+    paths = sorted(directory.glob("row-*.png"), key=_in_number_order)
+    if len(paths) < 2:
+        return ""
+    picks = [round(i * (len(paths) - 1) / (_STRIP - 1)) for i in range(_STRIP)]
+    chosen = paths if len(paths) <= _STRIP else [paths[i] for i in dict.fromkeys(picks)]
+    rows = "".join(strip_row(path, f"after {step_of(path)}") for path in chosen)
+    return f'<section><h2>Over training</h2><div class="strip">{rows}</div></section>'
+
+
+def strip_row(path: Path, label: str) -> str:
+    """One row of images with its label; "" if it cannot be read."""
+    image = embedded(path, label)
+    return f"<div><span>{escape(label)}</span>{image}</div>" if image else ""
+
+
+def step_of(path: Path) -> int:
+    """The iterations in a picture's name, e.g. row-00012.png."""
+    return int(path.stem.rpartition("-")[2])
 
 
 def _in_number_order(path: Path) -> tuple[list[int], str]:
@@ -178,15 +224,19 @@ def _in_number_order(path: Path) -> tuple[list[int], str]:
 
 
 def _picture(path: Path, caption: str) -> str:
+    image = embedded(path, caption)
+    if not image:
+        return ""
+    return f'<figure class="picture"><figcaption>{escape(caption)}</figcaption>{image}</figure>'
+
+
+def embedded(path: Path, alt: str) -> str:
+    """An `<img>` that holds the PNG itself; "" if it cannot be read."""
     try:
         data = base64.b64encode(path.read_bytes()).decode("ascii")
     except OSError:
         return ""
-    text = escape(caption)
-    return (
-        f'<figure class="picture"><figcaption>{text}</figcaption>'
-        f'<img alt="{text}" src="data:image/png;base64,{data}"></figure>'
-    )
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
 
 
 def _config(path: Path) -> str:
@@ -200,6 +250,7 @@ def _config(path: Path) -> str:
     )
 
 
-def _number(value: Any) -> str:
-    finite = _finite(value)
-    return "-" if finite is None else f"{finite:.4g}"
+def number(value: Any) -> str:
+    """Four digits, or a dash for what is no number."""
+    known = finite(value)
+    return "-" if known is None else f"{known:.4g}"

@@ -30,6 +30,8 @@ from texforce_ray.records.samples import read_samples, samples_path, to_parquet,
 
 log = logging.getLogger(__name__)
 
+_ROW = 8  # images of a strip's row
+
 
 class RunDirectory:
     """Writes a run's files; `start` iterations are already done. Holds the directory's lock."""
@@ -84,11 +86,15 @@ class RunDirectory:
     def write_grid(
         self, version: int, images: np.ndarray, prompts: Sequence[str], scores: np.ndarray
     ) -> None:
-        """images/step-00012.png: the same prompts and seeds for every version."""
+        """images/step-00012.png: the same prompts and seeds for every version.
+
+        And row-00012.png, its first images alone, for the strip over training.
+        """
         titles = [f"{prompt} ({score:.2f})" for prompt, score in zip(prompts, scores, strict=True)]
         columns = min(8, len(images))
         picture = grid(images, columns, titles=titles, header=f"after {version} iterations")
         save_png(self.path / "images" / f"step-{version:05d}.png", picture)
+        save_png(self.path / "images" / f"row-{version:05d}.png", np.hstack(list(images[:_ROW])))
         self.metrics.add_image("eval/images", picture, version)
 
     def write_adapter(self, files: Mapping[str, bytes], card: ModelCardInfo) -> Path:
