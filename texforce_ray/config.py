@@ -459,7 +459,9 @@ class Config(_Section):
         a = self.advantage
         if self.direct is not None:
             self._check_direct()  # no advantages there
-        elif a.mode == "prompt" and a.buffer_size < max(a.min_count, self.prompts.samples_per_prompt):
+        elif a.mode == "prompt" and a.buffer_size < max(
+            a.min_count, self.prompts.samples_per_prompt
+        ):
             raise ValueError(
                 f"advantage.buffer_size: {a.buffer_size} should be at least advantage.min_count = "
                 f"{a.min_count} and prompts.samples_per_prompt = "

@@ -52,6 +52,13 @@ def parser() -> argparse.ArgumentParser:
         help="built-in set or prompt file (default: the config's); of several, each gets a folder",
     )
     commands.add_argument("--images", type=int, default=256, help="images of each policy (256)")
+    commands.add_argument(
+        "--save-images",
+        type=int,
+        default=0,
+        metavar="N",
+        help="keep each policy's first N images as files (for texforce_ray.judge)",
+    )
     commands.add_argument("--out", type=Path, required=True, help="directory for the results")
     commands.add_argument("overrides", nargs="*", metavar="key.sub=value", help="as for the run")
     return commands
@@ -64,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         configs, policies = _configure(options)
-        summaries = asyncio.run(_evaluate(configs, policies, options.images, options.out))
+        summaries = asyncio.run(_evaluate(configs, policies, options))
     except TexForceError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
@@ -138,7 +145,9 @@ def _term(text: str) -> Weighted:
 
 
 async def _evaluate(
-    configs: dict[str, Config], policies: dict[str, list[Weighted]], images: int, out: Path
+    configs: dict[str, Config],
+    policies: dict[str, list[Weighted]],
+    options: argparse.Namespace,
 ) -> dict[str, dict[str, Any]]:
     """Everything in one set of actors; a summary for each prompt set."""
     import ray
@@ -153,7 +162,7 @@ async def _evaluate(
 
     prompts = {label: check_inputs(config)[1] for label, config in configs.items()}
     config = next(iter(configs.values()))  # they differ in the prompts alone
-    check_writable(out)
+    check_writable(options.out)
     started = connect(config)
     await wait_for_room(config, learner=False)
     crew = Crew(config, await prepare_environments(config), learner=False)
@@ -168,9 +177,12 @@ async def _evaluate(
             results = {}
             for name, policy in {"base": [], **refs}.items():
                 print(f"evaluating {name} {label and f'on {label} '}...", file=sys.stderr)
-                results[name] = await evaluate(crew, chosen, images, policy)
-            folder = out / label if len(configs) > 1 else out
+                keep = max(config.eval.grid, options.save_images)
+                results[name] = await evaluate(crew, chosen, options.images, policy, keep)
+            folder = options.out / label if len(configs) > 1 else options.out
             summaries[label] = _write(configs[label], results, folder)
+            if options.save_images:
+                _save_images(results, options.save_images, folder)
     finally:
         crew.close()
         if started:
@@ -214,15 +226,28 @@ def _write(config: Config, results: dict[str, Evaluation], out: Path) -> dict[st
     }
     if len(differences) == 1:
         summary["rewards"] = next(iter(differences.values()))
+    shown = min(config.eval.grid, len(base.shown))
     write_evaluation(
         out,
         summary,
         columns,
-        [(label, result.shown) for label, result in results.items()],
-        base.prompts[: len(base.shown)],
-        [result.total[: len(base.shown)].tolist() for result in results.values()],
+        [(label, result.shown[:shown]) for label, result in results.items()],
+        base.prompts[:shown],
+        [result.total[:shown].tolist() for result in results.values()],
     )
     return summary
+
+
+def _save_images(results: dict[str, Evaluation], count: int, out: Path) -> None:
+    """images/NAME/00000.png and prompts.json, in the order of samples.parquet."""
+    from texforce_ray.records.files import atomic_write_text, to_json
+    from texforce_ray.records.images import save_png
+
+    for label, result in results.items():
+        for index, image in enumerate(result.shown[:count]):
+            save_png(out / "images" / label / f"{index:05d}.png", image)
+    prompts = next(iter(results.values())).prompts[:count]
+    atomic_write_text(out / "images" / "prompts.json", to_json(list(prompts)) + "\n")
 
 
 def _print(summaries: dict[str, dict[str, Any]], out: Path) -> None:

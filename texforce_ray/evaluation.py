@@ -70,7 +70,11 @@ def _mean(values: np.ndarray) -> float:
 
 
 async def evaluate(
-    crew: Crew, prompts: list[Prompt], count: int, policy: Sequence[ObjectRef]
+    crew: Crew,
+    prompts: list[Prompt],
+    count: int,
+    policy: Sequence[ObjectRef],
+    keep: int | None = None,
 ) -> Evaluation:
     """Draw and score `count` images: the same prompts and seeds for every policy.
 
@@ -79,6 +83,7 @@ async def evaluate(
         prompts: taken in an order fixed by `eval.seed`, again from the start when used up.
         count: images.
         policy: one snapshot ref; empty for the base model.
+        keep: images to keep at full size; default: `eval.grid`.
 
     Raises:
         RewardError: too many images could not be scored.
@@ -87,7 +92,7 @@ async def evaluate(
     chosen = prompts_of_iteration(prompts, config.eval.seed, 0, count)
     seeds = randomness.noise_seeds(config.eval.seed, 0, count, randomness.EVALUATION)
     size = config.rollout.batch_size
-    shown = min(config.eval.grid, count)
+    shown = min(keep or config.eval.grid, count)
 
     async def part(
         first: int,

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from texforce_ray.errors import RewardError
-from texforce_ray.rewards.images import enlarged, to_png
-from texforce_ray.rewards.web import JsonClient
+from texforce_ray.rewards.chat import ChatClient
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +53,6 @@ class VlmJudge:
         min_side: int = 224,
         pause_s: float = 0.5,
     ) -> None:
-        if max_cost is not None and not (input_price or output_price):
-            raise RewardError("reward vlm: max_cost needs input_price and output_price")
         try:
             rubric.format(prompt="")
         except (KeyError, IndexError, ValueError) as error:
@@ -65,25 +60,22 @@ class VlmJudge:
                 f"reward vlm: rubric: {{prompt}} is the only field, other braces are doubled; "
                 f"found {error!r}"
             ) from None
-        headers = {}
-        if api_key_env is not None:
-            if not os.environ.get(api_key_env):
-                raise RewardError(f"reward vlm: the environment variable {api_key_env} is not set")
-            headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
-        self.client = JsonClient(
-            url.rstrip("/") + "/chat/completions",
+        self.chat = ChatClient(
+            url,
+            model,
+            api_key_env=api_key_env,
+            connections=concurrency,
             timeout_s=timeout_s,
             retries=retries,
-            headers=headers,
-            connections=concurrency,
+            max_tokens=max_tokens,
+            max_cost=max_cost,
+            input_price=input_price,
+            output_price=output_price,
+            max_requests=max_requests,
+            min_side=min_side,
             pause_s=pause_s,
         )
-        self.model, self.rubric, self.low, self.high = model, rubric, low, high
-        self.retries, self.max_tokens, self.min_side = retries, max_tokens, min_side
-        self.max_cost, self.max_requests = max_cost, max_requests
-        self.prices = input_price / 1e6, output_price / 1e6
-        self.cost, self.requests = 0.0, 0
-        self._lock = threading.Lock()
+        self.rubric, self.low, self.high, self.retries = rubric, low, high, retries
         self._threads = ThreadPoolExecutor(concurrency)
 
     def score(
@@ -110,47 +102,15 @@ class VlmJudge:
         return scores
 
     def _judge(self, image: np.ndarray, prompt: str) -> float:
-        data = f"data:image/png;base64,{to_png(enlarged(image, self.min_side))}"
-        content = [
-            {"type": "text", "text": self.rubric.format(prompt=prompt)},
-            {"type": "image_url", "image_url": {"url": data}},
-        ]
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            "temperature": 0,
-            "seed": 0,
-            "max_tokens": self.max_tokens,
-        }
+        question = self.rubric.format(prompt=prompt)
         answer = ""
         for _ in range(self.retries + 1):
-            self._spend()
-            answer = self._text(self.client.post(body))
+            answer = self.chat.ask(question, [image])
             score = parse_score(answer)
             if score is not None and self.low <= score <= self.high:
                 return score
         log.warning("no score from %g to %g in: %.200s", self.low, self.high, answer)
         return math.nan
-
-    def _spend(self) -> None:
-        with self._lock:
-            if self.max_requests is not None and self.requests >= self.max_requests:
-                raise RewardError(f"max_requests: {self.max_requests} are used up")
-            if self.max_cost is not None and self.cost >= self.max_cost:
-                raise RewardError(f"max_cost: {self.cost:.4f} of {self.max_cost} is spent")
-            self.requests += 1
-
-    def _text(self, answer: Any) -> str:
-        try:
-            text = answer["choices"][0]["message"]["content"]
-            usage = answer.get("usage") or {}
-            spent = self.prices[0] * usage.get("prompt_tokens", 0)
-            spent += self.prices[1] * usage.get("completion_tokens", 0)
-        except (KeyError, IndexError, TypeError, AttributeError):
-            return ""
-        with self._lock:
-            self.cost += spent
-        return text if isinstance(text, str) else ""
 
 
 def parse_score(text: str) -> float | None:

@@ -1,0 +1,224 @@
+"""Let a vision-language model rank policies: `python -m texforce_ray.judge EVALUATION --url ...`.
+
+The paper's protocol: for each prompt the model sees one image of every policy, at the same seed and
+in shuffled order, and ranks them by aesthetics and by coherence with the text, in three rounds.
+Images come from `python -m texforce_ray.evaluate --save-images N`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from texforce_ray import randomness
+from texforce_ray.errors import ConfigError, TexForceError
+from texforce_ray.evaluation import bootstrap_interval
+from texforce_ray.records.files import atomic_write_text, check_writable, to_json
+from texforce_ray.rewards.chat import ChatClient
+
+CRITERIA = {
+    "aesthetics": "how good it looks as an image: composition, colours, detail, no artefacts",
+    "coherence": "how well it shows what the text asks for: objects, numbers, colours, positions",
+}
+_QUESTION = (
+    "Here are {count} images, image 1 to image {count}, made from this text: {prompt}\n"
+    "Rank them by {criterion}. "
+    'Answer with JSON alone: {{"ranking": [...]}}, the numbers of all images, the best one first.'
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One answer. ranks: float64 [P], 1 for the best; NaN where the answer was no ranking."""
+
+    criterion: str
+    index: int
+    round: int
+    ranks: np.ndarray
+
+
+def parser() -> argparse.ArgumentParser:
+    commands = argparse.ArgumentParser(
+        prog="python -m texforce_ray.judge",
+        description="Rank the policies of an evaluation by a vision-language model.",
+    )
+    commands.add_argument(
+        "evaluation", type=Path, help="folder that evaluate --save-images has written"
+    )
+    commands.add_argument("--url", required=True, help="of an OpenAI-compatible API (.../v1)")
+    commands.add_argument("--model", required=True, help="the model's name there")
+    commands.add_argument("--api-key-env", help="environment variable that holds the key")
+    commands.add_argument("--rounds", type=int, default=3, help="times each question is put (3)")
+    commands.add_argument("--images", type=int, help="use only the first of the saved images")
+    commands.add_argument("--max-requests", type=int, help="ask no more questions than this")
+    commands.add_argument("--concurrency", type=int, default=8, help="questions at once (8)")
+    commands.add_argument("--seed", type=int, default=0, help="of the orders of the images")
+    return commands
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        prompts, images = load_images(options.evaluation, options.images)
+        check_writable(options.evaluation)
+        client = ChatClient(
+            options.url,
+            options.model,
+            api_key_env=options.api_key_env,
+            connections=options.concurrency,
+            max_requests=options.max_requests,
+        )
+        verdicts = judge(
+            client, prompts, list(images.values()), options.rounds, options.seed,
+            options.concurrency,
+        )  # fmt: skip
+    except TexForceError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    summary = summarize(list(images), verdicts)
+    atomic_write_text(options.evaluation / "judge.json", to_json(summary, indent=2) + "\n")
+    _print(summary)
+    print(f"results in {options.evaluation / 'judge.json'}")
+    return 0
+
+
+def load_images(folder: Path, limit: int | None) -> tuple[list[str], dict[str, list[np.ndarray]]]:
+    """Prompts, and the images of each policy, uint8 [H, W, 3] each.
+
+    Raises:
+        ConfigError: no saved images there, or those of fewer than two policies.
+    """
+    listing = folder / "images" / "prompts.json"
+    if not listing.is_file():
+        raise ConfigError(
+            f"{folder} holds no images/prompts.json; make it with: python -m texforce_ray.evaluate "
+            f"... --save-images 32 --out {folder}"
+        )
+    try:
+        prompts = [str(prompt) for prompt in json.loads(listing.read_text())][:limit]
+        images = {
+            policy.name: [_read(policy / f"{i:05d}.png") for i in range(len(prompts))]
+            for policy in sorted(p for p in listing.parent.iterdir() if p.is_dir())
+        }
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{listing.parent} cannot be read: {error}") from None
+    if len(images) < 2 or not prompts:
+        raise ConfigError(
+            f"{listing.parent} holds {len(prompts)} images of {len(images)} policies; there is "
+            "nothing to rank"
+        )
+    return prompts, images
+
+
+def _read(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image.convert("RGB"))
+
+
+def judge(
+    client: ChatClient,
+    prompts: Sequence[str],
+    images: Sequence[Sequence[np.ndarray]],
+    rounds: int,
+    seed: int = 0,
+    concurrency: int = 8,
+) -> list[Verdict]:
+    """Every question's verdict: criteria x prompts x rounds; images: [P][N].
+
+    Raises:
+        RewardError: the service refused, or the budget is used up.
+    """
+    questions = [
+        (criterion, index, number)
+        for number in range(rounds)
+        for criterion in CRITERIA
+        for index in range(len(prompts))
+    ]
+
+    def ask(question: tuple[str, int, int]) -> Verdict:
+        criterion, index, number = question
+        # Models prefer the first image or the last: every round has an order of its own.
+        place = list(CRITERIA).index(criterion)
+        rng = randomness.generator(seed, randomness.JUDGE, number, place, index)
+        order = rng.permutation(len(images))
+        text = _QUESTION.format(
+            count=len(order), prompt=prompts[index], criterion=CRITERIA[criterion]
+        )
+        ranking = None
+        for _ in range(2):
+            ranking = ranking or parse_ranking(
+                client.ask(text, [images[policy][index] for policy in order]), len(order)
+            )
+        ranks = np.full(len(order), np.nan)
+        if ranking is not None:
+            for rank, shown in enumerate(ranking):
+                ranks[order[shown]] = rank + 1
+        return Verdict(criterion, index, number, ranks)
+
+    with ThreadPoolExecutor(concurrency) as threads:
+        return list(threads.map(ask, questions))
+
+
+def parse_ranking(text: str, count: int) -> list[int] | None:
+    """Places from 0, best first, out of an answer; None unless it names each image once."""
+    for match in re.finditer(r"\[[\d\s,]*\]", text):
+        numbers = [int(number) - 1 for number in re.findall(r"\d+", match.group())]
+        if sorted(numbers) == list(range(count)):
+            return numbers
+    return None
+
+
+def summarize(policies: Sequence[str], verdicts: Sequence[Verdict]) -> dict[str, object]:
+    """Mean rank with a 95 % interval over images, share of first places, wins over the base."""
+    summary: dict[str, object] = {"answers": len(verdicts)}
+    summary["unusable"] = int(sum(np.isnan(v.ranks).any() for v in verdicts))
+    base = list(policies).index("base") if "base" in policies else None
+    for criterion in CRITERIA:
+        chosen = [v for v in verdicts if v.criterion == criterion and not np.isnan(v.ranks).any()]
+        if not chosen:
+            summary[criterion] = {}
+            continue
+        ranks = np.stack([verdict.ranks for verdict in chosen])
+        images = np.array([verdict.index for verdict in chosen])
+        # Rounds of one image are no independent samples: their mean is one.
+        by_image = np.stack([ranks[images == index].mean(axis=0) for index in np.unique(images)])
+        found = {}
+        for column, name in enumerate(policies):
+            low, high = bootstrap_interval(by_image[:, column])
+            found[name] = {
+                "mean_rank": float(by_image[:, column].mean()),
+                "low": low,
+                "high": high,
+                "first": float((ranks[:, column] == 1).mean()),
+            }
+            if base is not None and column != base:
+                found[name]["better_than_base"] = float((ranks[:, column] < ranks[:, base]).mean())
+        summary[criterion] = found
+    return summary
+
+
+def _print(summary: dict[str, object]) -> None:
+    print(f"{summary['answers']} answers, {summary['unusable']} of them no ranking")
+    for criterion in CRITERIA:
+        found = summary[criterion]
+        assert isinstance(found, dict)
+        for name, value in found.items():
+            line = f"  {criterion:<11} {name:<14} mean rank {value['mean_rank']:.2f}"
+            line += f" [{value['low']:.2f}, {value['high']:.2f}], first in {value['first']:.0%}"
+            if "better_than_base" in value:
+                line += f", better than base in {value['better_than_base']:.0%}"
+            print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
