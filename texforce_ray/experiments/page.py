@@ -26,6 +26,7 @@ the base model's image at the same seed. Both: root mean squares over 16 x 16 th
 
 _TITLES = {
     "headline": "Text encoder, U-Net, both (Fig. 5, Tables 1 and 3)",
+    "fusion": "Fused with smaller weights",
     "dpok": "With a KL penalty (Fig. 5, DPOK)",
     "incompression": "Incompressibility (Fig. 4)",
     "people": "Hands and faces (Fig. 11)",

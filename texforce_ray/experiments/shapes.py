@@ -17,12 +17,21 @@ _HEADLINE = {
     "joint": [("joint", 1.0)],
 }
 
+# How much of the text encoder's adapter helps beside a U-Net's?
+_FUSION = {
+    f"{label} + {weight:g} text": [(name, 1.0), ("text", weight)]
+    for label, name in (("U-Net", "unet"), ("ReFL", "refl"))
+    for weight in (0.25, 0.5)
+}
+
 EXPERIMENTS: dict[str, tuple[Stage, ...]] = {
     # Fig. 5 and Tables 1 and 3: apart, fused, jointly; seen and unseen prompts.
     "headline": (
         *(Train(name, f"{_CONFIGS}/{name}.yaml") for name in ("text", "unet", "refl", "joint")),
         Evaluate("headline", f"{_CONFIGS}/text.yaml", _HEADLINE, _PHRASES),
     ),
+    # Table 3's fusion once more, with less of the one that was trained for the base U-Net.
+    "fusion": (Evaluate("fusion", f"{_CONFIGS}/text.yaml", _FUSION, _PHRASES),),
     # Fig. 5's other comparison: the U-Net held to the base model by a KL penalty (DPOK).
     "dpok": (
         Train("dpok", f"{_CONFIGS}/dpok.yaml"),
