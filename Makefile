@@ -3,9 +3,10 @@ PYTHON ?= python3
 UV_VERSION := 0.13.9
 UV := PYTHONPATH=.tools $(PYTHON) -m uv
 PY := .venv/bin/python
+SEEDS ?= 0
 RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help setup demo test test-slow lint types check bench clean
+.PHONY: help setup demo test test-slow lint types check paper-shapes paper-page bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -36,6 +37,12 @@ types: setup  ## mypy
 	@.venv/bin/mypy
 
 check: lint types test  ## what CI runs
+
+paper-shapes: setup  ## the paper's experiments on the embedded pipeline: an hour; docs/results/shapes.md
+	@$(PY) -m texforce_ray.experiments shapes --seeds $(SEEDS)
+
+paper-page: setup  ## write that page again from the results that are kept
+	@$(PY) -m texforce_ray.experiments shapes --page-only
 
 bench: setup  ## measurements; results in benchmarks/results/
 	@$(PY) benchmarks/overlap.py

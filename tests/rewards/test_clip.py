@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from texforce_ray.config_io import make_config
+from texforce_ray.driver import check_inputs
 from texforce_ray.errors import RewardError
 from texforce_ray.rewards.base import load_reward
 from texforce_ray.rewards.clip import Aesthetic, AestheticHead, ClipScore, PickScore
@@ -152,3 +154,68 @@ def test_a_pickle_in_weights_is_not_run(clip: Path, tmp_path: Path) -> None:
     with pytest.raises(RewardError, match="cannot be read"):
         Aesthetic(str(clip), str(tmp_path / "evil.pth"))
     assert not (tmp_path / "owned").exists()
+
+
+# ---- with gradient ---------------------------------------------------------------------------
+
+
+def _tensors(images: np.ndarray) -> torch.Tensor:
+    return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255).requires_grad_()
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (96, 64)])
+@pytest.mark.parametrize("kind", [ClipScore, PickScore])
+def test_the_differentiable_score_is_the_score(
+    clip: Path, kind: type[ClipScore], shape: tuple[int, int]
+) -> None:
+    reward = kind(str(clip), processor=None, device="cpu")
+    # Smooth images: Pillow rounds to 8 bits after its resize, torch does not.
+    images = np.ascontiguousarray(np.sort(_images(*shape), axis=1))
+    pixels = _tensors(images)
+    scores = reward.score_differentiable(pixels, PROMPTS)
+    expected = reward.score(images, PROMPTS, [{}] * 4)
+    assert scores.tolist() == pytest.approx(expected, abs=2e-3 * reward.scale)
+    scores.sum().backward()
+    assert pixels.grad is not None
+    assert (pixels.grad.abs().amax(dim=(1, 2, 3)) > 0).all(), "an image without a gradient"
+
+
+def test_the_differentiable_aesthetic_score_is_the_score(clip: Path, tmp_path: Path) -> None:
+    head = AestheticHead(24).eval()
+    torch.save(head.state_dict(), tmp_path / "head.pth")
+    reward = Aesthetic(str(clip), head=str(tmp_path / "head.pth"), device="cpu")
+    images = _images(48, 48)
+    pixels = _tensors(images)
+    scores = reward.score_differentiable(pixels, PROMPTS)
+    assert scores.tolist() == pytest.approx(reward.score(images, PROMPTS, [{}] * 4), abs=1e-3)
+    scores.sum().backward()
+    assert pixels.grad is not None
+
+
+def test_the_shapes_scorer_reads_true_renderings_and_has_a_gradient() -> None:
+    from texforce_ray.rewards.differentiable import total_of
+    from texforce_ray.rewards.shapes_scorer import ShapesScorer
+    from texforce_ray.shapes.scene import parse, render
+
+    rng = np.random.default_rng(0)
+    right = ["a green circle", "three red squares", "a red triangle and a blue square"] * 8
+    wrong = ["a red circle", "a red square", "a purple circle and a black triangle"] * 8
+    images = np.stack([render(parse(prompt), rng) for prompt in right])
+    reward = ShapesScorer(device="cpu")
+    good, bad = (np.array(reward.score(images, p, [{}] * 24)) for p in (right, wrong))
+    assert (good > bad).mean() > 0.95
+    assert good.mean() > 0.8
+    config = make_config(
+        {"rewards": [{"name": "shapes_scorer", "weight": 2}, {"name": "shapes", "weight": 0}]}
+    )
+    pixels = _tensors(images)
+    total = total_of(config.rewards, "cpu")(pixels, right)
+    assert total.tolist() == pytest.approx((2 * good).tolist(), abs=1e-5)
+    total.sum().backward()
+    assert pixels.grad is not None
+
+
+def test_a_reward_without_a_gradient_is_refused_before_anything_starts() -> None:
+    with pytest.raises(RewardError, match=r"'shapes' has no gradient.*shapes_scorer"):
+        check_inputs(make_config({"direct": {}, "rewards": [{"name": "shapes"}]}))
+    check_inputs(make_config({"direct": {}, "rewards": [{"name": "shapes_scorer"}]}))

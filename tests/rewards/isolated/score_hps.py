@@ -37,6 +37,7 @@ def main() -> None:
     )  # fmt: skip
     tokens = open_clip.get_tokenizer("tiny-hps")(PROMPTS)
     result: dict[str, list] = {"ours": [], "direct": [], "pixels": []}
+    result |= {"smooth": [], "differentiable": [], "slopes": []}
     for shape in ((3, 64, 64, 3), (3, 96, 96, 3), (3, 160, 120, 3)):
         images = rng.integers(0, 256, shape, dtype=np.uint8)
         with torch.no_grad():
@@ -47,6 +48,14 @@ def main() -> None:
         result["pixels"].append(float((pixels - ours).abs().max()))
         result["direct"] += torch.diagonal(features @ texts.T).tolist()
         result["ours"] += reward.score(images, PROMPTS, [{}] * 3)
+        smooth = np.ascontiguousarray(np.sort(images, axis=1))
+        floats = torch.from_numpy(smooth).permute(0, 3, 1, 2).float() / 255
+        floats.requires_grad_()
+        scores = reward.score_differentiable(floats, PROMPTS)
+        (slope,) = torch.autograd.grad(scores.sum(), floats)
+        result["smooth"] += reward.score(smooth, PROMPTS, [{}] * 3)
+        result["differentiable"] += scores.tolist()
+        result["slopes"] += slope.abs().amax(dim=(1, 2, 3)).tolist()
     print(json.dumps(result))
 
 
