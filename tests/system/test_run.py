@@ -122,3 +122,21 @@ def test_sigterm_leaves_a_checkpoint_and_a_way_to_go_on(tmp_path: Path) -> None:
     assert f"--resume {directory}" in stopped.output
     assert "Traceback" not in stopped.output
     assert list((directory / "checkpoints").glob("step-*/COMPLETE.json"))
+
+
+def test_a_differentiable_reward_is_raised_behind_the_same_driver(tmp_path: Path) -> None:
+    """ReFL on the U-Net, in a whole run; the reward with weight 0 is only recorded."""
+    overrides = (
+        "direct.method=refl",
+        "lora.text_encoder=false",
+        "lora.unet.rank=2",
+        "rewards=[{name: shapes_scorer}, {name: shapes, weight: 0}]",
+    )
+    done = run(tmp_path / "run", *overrides)
+    metrics = done.metrics
+    assert all(np.isfinite(m["direct/reward"]) for m in metrics)
+    assert all(m["reward/total_mean"] == m["reward/shapes_scorer_mean"] for m in metrics)
+    assert all("reward/shapes_mean" in m and m["learner/grad_norm"] > 0 for m in metrics)
+    assert "ppo/ratio" not in metrics[0]
+    files = {path.name for path in (done.directory / "adapter").rglob("*.safetensors")}
+    assert "pytorch_lora_weights.safetensors" in files
