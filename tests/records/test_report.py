@@ -113,7 +113,9 @@ def test_nothing_in_the_report_runs_or_is_fetched(tmp_path: Path) -> None:
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
     attributes = [(name, value or "") for _, found in page.tags for name, value in found.items()]
     assert not [name for name, _ in attributes if name.startswith("on")]
-    sources = [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+    sources = [value for name, value in attributes if name in ("src", "xlink:href")]
+    links = [value for name, value in attributes if name == "href"]
+    assert links == ["evaluation", "metrics.jsonl"], "links lead to the run's own files alone"
     assert len(sources) == 3
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "url(" not in text

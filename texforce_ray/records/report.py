@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from texforce_ray.records.charts import Series, line_chart, path_chart, stacked_bars
 from texforce_ray.records.files import atomic_write_text
@@ -37,6 +39,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         _grids(run_dir / "images"),
         _strip(run_dir / "images"),
         _charts(metrics),
+        _links(run_dir, (out or run_dir / "report.html").parent),
         _config(run_dir / "config.yaml"),
     )
     page = PAGE.replace("{title}", escape(run_dir.resolve().name))
@@ -237,6 +240,17 @@ def embedded(path: Path, alt: str) -> str:
     except OSError:
         return ""
     return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def _links(run_dir: Path, page: Path) -> str:
+    """The run's other files, as seen from the page's folder."""
+    names = ("adapter", "evaluation", "samples", "checkpoints", "metrics.jsonl")
+    links = [
+        f'<a href="{escape(quote(os.path.relpath(run_dir / name, page)))}">{name}</a>'
+        for name in names
+        if (run_dir / name).exists()
+    ]
+    return f"<section><h2>Files</h2><p>{' · '.join(links)}</p></section>" * bool(links)
 
 
 def _config(path: Path) -> str:
