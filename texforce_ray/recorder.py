@@ -91,7 +91,8 @@ class Recorder:
         self._evaluation["eval/diversity"] = result.diversity()
         if self._base is not None:
             self._evaluation["eval/drift"] = result.drift(self._base)
-            self._evaluation["eval/base_total"] = self._base.means(self.names)["total"]
+            base = self._base.means(self.names)
+            self._evaluation |= {f"eval/base_{name}": value for name, value in base.items()}
         self._grid(version, result)
 
     def _grid(self, version: int, result: Evaluation) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from texforce_ray.errors import RunDirectoryError
 from texforce_ray.records.images import save_png
-from texforce_ray.records.matched import curve_of, matched_reward
+from texforce_ray.records.matched import curve_of, matched_reward, shared_reward
 from texforce_ray.records.metrics import MetricsLog, read_metrics
 from texforce_ray.records.overlay import labels, write_overlay
 from texforce_ray.records.report import write_report
@@ -65,7 +65,7 @@ def test_no_reward_is_matched_with_a_run_that_did_not_rise(tmp_path: Path) -> No
 
 def test_runs_are_compared_on_one_page(runs: list[Path], tmp_path: Path) -> None:
     text = write_overlay(runs, tmp_path / "comparison.html").read_text()
-    assert "At matched reward (0.58)" in text
+    assert "At matched reward (total 0.58)" in text
     assert "unet, after 6" in text  # its first evaluation at or above it
     assert text.count("<polyline") >= 2 * 8
     assert "base model" in text
@@ -73,6 +73,17 @@ def test_runs_are_compared_on_one_page(runs: list[Path], tmp_path: Path) -> None
     assert str(tmp_path) not in text, "the page names no folder of this machine"
     assert "<script" not in text
     assert 'href="unet/' not in text.replace('href="unet/report.html"', "")
+
+
+def test_totals_of_different_rewards_are_not_compared() -> None:
+    plain = [{"iteration": 2, "eval/total": 0.4, "eval/shapes": 0.4, "eval/drift": 0.1}]
+    other = [{"iteration": 2, "eval/total": 9.0, "eval/shapes": 0.5, "eval/net": 9.0}]
+    other[0] |= {"eval/base_total": 1.0, "eval/drift": 0.2}
+    assert shared_reward([plain, plain]) == "total"
+    assert shared_reward([plain, other]) == "shapes"
+    assert shared_reward([plain, [{"eval/jpeg": 2.0}]]) is None
+    assert curve_of("other", other, "shapes").reward == (0.5,)
+    assert curve_of("other", other).reward == (1.0, 9.0)
 
 
 def test_labels_are_as_short_as_they_can_be() -> None:

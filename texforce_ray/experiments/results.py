@@ -48,7 +48,7 @@ class Row:
 def keep(stage: Stage, folder: Path, kept: Path, *, pictures: bool) -> None:
     """Copy a finished stage's small results from its run `folder` to `kept`."""
     if isinstance(stage, Train):
-        curve = curve_of(stage.name, read_metrics(folder / stage.name))
+        curve = curve_of(stage.name, read_metrics(folder / stage.name), stage.reward)
         atomic_write_text(kept / stage.name / "curve.json", to_json(curve.points()) + "\n")
     elif isinstance(stage, Evaluate):
         for prompts, source in stage.results(folder).items():

@@ -27,7 +27,10 @@ _FUSION = {
 EXPERIMENTS: dict[str, tuple[Stage, ...]] = {
     # Fig. 5 and Tables 1 and 3: apart, fused, jointly; seen and unseen prompts.
     "headline": (
-        *(Train(name, f"{_CONFIGS}/{name}.yaml") for name in ("text", "unet", "refl", "joint")),
+        *(
+            Train(name, f"{_CONFIGS}/{name}.yaml", reward="shapes")
+            for name in ("text", "unet", "refl", "joint")
+        ),
         Evaluate("headline", f"{_CONFIGS}/text.yaml", _HEADLINE, _PHRASES),
     ),
     # Table 3's fusion once more, with less of the one that was trained for the base U-Net.

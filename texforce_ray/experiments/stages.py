@@ -12,11 +12,15 @@ Terms = Sequence[tuple[str, float]]  # adapters by stage name, and their weights
 
 @dataclass(frozen=True)
 class Train:
-    """A training run; its adapter is `name`/adapter."""
+    """A training run; its adapter is `name`/adapter.
+
+    reward: the one that its curve is drawn of, so that runs by other rewards can be compared.
+    """
 
     name: str
     config: str
     overrides: tuple[str, ...] = ()
+    reward: str = "total"
 
     def command(self, folder: Path, seed: int) -> list[str]:
         run_dir = folder / self.name

@@ -14,7 +14,7 @@ import numpy as np
 class Curve:
     """A run's evaluations in order: reward and drift from the base model, float [E] each.
 
-    The first point is the base model itself: its reward, at drift 0.
+    The first point is the base model itself, if its reward is known: at drift 0.
     """
 
     name: str
@@ -50,19 +50,44 @@ class Curve:
         return None
 
 
-def curve_of(name: str, metrics: Sequence[Mapping[str, Any]]) -> Curve:
-    """The curve that a run's metrics hold; empty if it was not evaluated on the way."""
-    found = [m for m in metrics if _known(m, "eval/total") and _known(m, "eval/drift")]
-    if not found:
-        return Curve(name, (), (), ())
-    start = {"eval/total": found[0]["eval/base_total"], "eval/drift": 0.0, "iteration": -1}
-    rows = [start, *found]
+def curve_of(name: str, metrics: Sequence[Mapping[str, Any]], reward: str = "total") -> Curve:
+    """The curve of one reward that a run's metrics hold; empty if it was not evaluated on the way.
+
+    It begins with the base model where the metrics know its reward.
+    """
+    key, base = f"eval/{reward}", f"eval/base_{reward}"
+    rows = [m for m in metrics if _known(m, key) and _known(m, "eval/drift")]
+    if rows and rows[0].get("eval/total") == rows[0][key]:
+        base = "eval/base_total"  # it is the only reward
+    if rows and _known(rows[0], base):
+        rows = [{key: rows[0][base], "eval/drift": 0.0, "iteration": -1}, *rows]
     return Curve(
         name,
         tuple(int(m["iteration"]) + 1 for m in rows),
-        tuple(float(m["eval/total"]) for m in rows),
+        tuple(float(m[key]) for m in rows),
         tuple(float(m["eval/drift"]) for m in rows),
     )
+
+
+def shared_reward(runs: Sequence[Sequence[Mapping[str, Any]]]) -> str | None:
+    """What runs can be compared by: the total if their rewards are the same, else one they share.
+
+    Totals of different rewards are different quantities.
+    """
+    found = [_rewards(metrics) for metrics in runs]
+    if not found:
+        return None
+    if all(rewards == found[0] for rewards in found):
+        return "total"
+    shared = [name for name in found[0] if all(name in rewards for rewards in found)]
+    return shared[0] if shared else None
+
+
+def _rewards(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    keys = dict.fromkeys(key for record in metrics for key in record)
+    names = [key.removeprefix("eval/") for key in keys if key.startswith("eval/")]
+    other = ("total", "diversity", "drift")
+    return sorted(name for name in names if name not in other and not name.startswith("base_"))
 
 
 def matched_reward(curves: Sequence[Curve]) -> float | None:

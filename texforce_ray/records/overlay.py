@@ -13,7 +13,7 @@ from urllib.parse import quote
 from texforce_ray.errors import RunDirectoryError
 from texforce_ray.records.charts import Series, line_chart, path_chart
 from texforce_ray.records.files import atomic_write_text
-from texforce_ray.records.matched import Curve, curve_of, matched_reward
+from texforce_ray.records.matched import Curve, curve_of, matched_reward, shared_reward
 from texforce_ray.records.metrics import read_metrics
 from texforce_ray.records.page import PAGE
 from texforce_ray.records.report import Metrics, number, step_of, strip_row, values
@@ -37,10 +37,11 @@ class _Run:
     label: str
     path: Path
     metrics: Metrics
+    reward: str  # that all runs of the page have
 
     @property
     def curve(self) -> Curve:
-        return curve_of(self.label, self.metrics)
+        return curve_of(self.label, self.metrics, self.reward)
 
 
 def write_overlay(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -49,10 +50,10 @@ def write_overlay(run_dirs: Sequence[Path], out: Path) -> Path:
     Raises:
         RunDirectoryError: a directory that holds no metrics, or the page cannot be written.
     """
-    runs = [
-        _Run(label, path, read_metrics(path))
-        for label, path in zip(labels(run_dirs), run_dirs, strict=True)
-    ]
+    metrics = [read_metrics(path) for path in run_dirs]
+    reward = shared_reward(metrics) or ""
+    parts = zip(labels(run_dirs), run_dirs, metrics, strict=True)
+    runs = [_Run(label, path, found, reward) for label, path, found in parts]
     if empty := [str(run.path) for run in runs if not run.metrics]:
         raise RunDirectoryError(f"no metrics in {', '.join(empty)}: no run, or one not begun")
     body = [_table(runs), _matched(runs), _charts(runs), _ends(runs), _links(runs, out)]
@@ -103,7 +104,7 @@ def _matched(runs: Sequence[_Run]) -> str:
         strip.append(_nearest(run.path, step, f"{run.label}, after {step}"))
     shown = "".join(strip)
     return (
-        f"<section><h2>At matched reward ({number(reward)})</h2>"
+        f"<section><h2>At matched reward ({escape(runs[0].reward)} {number(reward)})</h2>"
         '<div class="wide"><table><tr><th>Run</th><th>Drift from the base model</th>'
         f"<th>First evaluation there, after iterations</th></tr>{''.join(rows)}</table></div>"
         f"{f'<div class=strip>{shown}</div>' if shown else ''}</section>"
@@ -130,7 +131,7 @@ def _charts(runs: Sequence[_Run]) -> str:
     titles = _CHARTS | {k: k for k in components if k not in _CHARTS}
     charts = [
         path_chart(
-            "Reward against appearance drift",
+            f"Reward ({runs[0].reward}) against appearance drift",
             [Series(c.name, c.drift, c.reward) for run in runs if (c := run.curve).reward],
             "drift from the base model",
         )

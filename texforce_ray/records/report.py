@@ -102,10 +102,10 @@ def _charts(metrics: Metrics) -> str:
 
 
 def _evaluations(keys: Sequence[str]) -> list[str]:
-    # With one reward its mean is the total; the base model's total is where the curve starts.
+    # With one reward its mean is the total; the base model's is where the drift's curve starts.
     single = len([k for k in keys if k.startswith("reward/") and k.endswith("_mean")]) <= 2
-    left_out = {"eval/base_total"} | ({"eval/total"} if single else set())
-    return [key for key in keys if key.startswith("eval/") and key not in left_out]
+    chosen = [k for k in keys if k.startswith("eval/") and not k.startswith("eval/base_")]
+    return [key for key in chosen if not (single and key == "eval/total")]
 
 
 def _drift_chart(metrics: Metrics) -> str:
