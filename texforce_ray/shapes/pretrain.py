@@ -316,6 +316,11 @@ def export(
         requires_safety_checker=False,
     )
     pipe.to(torch.float16).save_pretrained(out, safe_serialization=True)
+    for part in ("vae", "unet"):  # diffusers notes the folder of this machine that it came from
+        file = out / part / "config.json"
+        settings = json.loads(file.read_text())
+        settings.pop("_name_or_path", None)
+        file.write_text(json.dumps(settings, indent=2) + "\n")
     # transformers loads in the dtype that the config names, diffusers in float32: make them agree.
     config = out / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
