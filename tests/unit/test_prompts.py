@@ -185,7 +185,9 @@ def test_held_out_combinations_are_in_the_unseen_set_alone(name: str) -> None:
     assert held_out == {name.endswith("-unseen")}
 
 
-@pytest.mark.parametrize("name", ["shapes", "shapes-unseen", "shapes-phrases", "shapes-phrases-unseen"])
+@pytest.mark.parametrize(
+    "name", ["shapes", "shapes-unseen", "shapes-phrases", "shapes-phrases-unseen"]
+)
 def test_mixed_sets_have_as_many_prompts_of_each_ability(name: str) -> None:
     counts = Counter(parse(text).ability for text in _set(name))
     assert set(counts) == {"color", "count", "composition", "location"}
