@@ -104,13 +104,13 @@ def _configure(
         label = (
             name if equals else (folder.parent.name if folder.name == "adapter" else folder.name)
         )
-        _add(policies, label, [(1.0, folder)], f"--adapter: {label!r} is taken; NAME={path}")
+        _add(policies, label, [(1.0, folder)], f"--adapter NAME={path}")
     for given in options.fuse:
         name, equals, terms = given.partition("=")
         if not equals or not name:
             raise ConfigError(f"--fuse: {given!r} should look like NAME=DIR*0.5+DIR")
         parts = [_term(term) for term in terms.split("+")]
-        _add(policies, name, parts, f"--fuse: {name!r} is taken")
+        _add(policies, name, parts, f"--fuse NAME={terms}")
     for parts in policies.values():
         for _, folder in parts:
             adapter_files(folder)
@@ -129,10 +129,12 @@ def _configure(
 
 
 def _add(
-    policies: dict[str, list[Weighted]], label: str, parts: list[Weighted], taken: str
+    policies: dict[str, list[Weighted]], label: str, parts: list[Weighted], instead: str
 ) -> None:
     if label in policies or label == "base":
-        raise ConfigError(f"{taken}: give it another name")
+        raise ConfigError(f"the name {label!r} is taken; give it another one: {instead}")
+    if "/" in label or label.startswith("."):  # images are saved in a folder of that name
+        raise ConfigError(f"{label!r} cannot be a name; give another one: {instead}")
     policies[label] = parts
 
 

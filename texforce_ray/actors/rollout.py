@@ -113,6 +113,7 @@ class RolloutActor:
                     (Path(folder) / name).parent.mkdir(exist_ok=True)
                     (Path(folder) / name).write_bytes(data)
                 found.append((weight, read_adapter(Path(folder), origin)))
+        # As it is, convolutions too, which sums of adapters leave out.
         if len(found) == 1 and found[0][0] == 1.0:
             return None, found[0][1]
         return None, fuse(found)

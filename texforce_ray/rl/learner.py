@@ -19,7 +19,7 @@ from texforce_ray.diffusion import ddim
 from texforce_ray.diffusion.trajectory import Trajectory
 from texforce_ray.errors import NumericsError
 from texforce_ray.model.backbone import Backbone, Conditioning
-from texforce_ray.model.snapshot import PolicySnapshot
+from texforce_ray.model.snapshot import UNET, PolicySnapshot
 from texforce_ray.rl import ppo
 from texforce_ray.rl.likelihood import Likelihood, Pairs
 from texforce_ray.rl.trainer import Trainer, UpdateBatch
@@ -36,6 +36,10 @@ class Learner(Trainer):
             config.diffusion.guidance_scale,
             config.learner.microbatch_size,
         )
+        # The U-Net's gradient comes out of every pass; the encoders' is gathered at the embeddings.
+        unet = self.adapter.parts.get(UNET)
+        self._unet_parameters = unet.parameters() if unet else []
+        self._text_parameters = self.parameters[: len(self.parameters) - len(self._unet_parameters)]
 
     def update(self, batch: UpdateBatch, behaviour: PolicySnapshot | None = None) -> dict:
         config = self.config

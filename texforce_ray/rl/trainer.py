@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class UpdateBatch:
     mask: np.ndarray
 
 
-class Trainer:
+class Trainer(ABC):
     """Adapter and optimizer of a policy; subclasses compute the gradient."""
 
     def __init__(self, backbone: Backbone, config: Config) -> None:
@@ -42,10 +43,6 @@ class Trainer:
         ).to(backbone.device)
         self.adapter = Adapter(backbone, adapter_shapes(config, backbone), config.seed)
         self.parameters = self.adapter.parameters()
-        # The U-Net's gradient comes out of every pass; the encoders' is gathered at the embeddings.
-        unet = self.adapter.parts.get(UNET)
-        self._unet_parameters = unet.parameters() if unet else []
-        self._text_parameters = self.parameters[: len(self.parameters) - len(self._unet_parameters)]
         o = config.optimizer
         self.optimizer = torch.optim.AdamW(
             [
@@ -115,6 +112,7 @@ class Trainer:
 
     # ---- updates -------------------------------------------------------------------------
 
+    @abstractmethod
     def update(self, batch: UpdateBatch, behaviour: PolicySnapshot | None = None) -> dict:
         """All epochs and minibatches of one iteration.
 
@@ -128,7 +126,6 @@ class Trainer:
         Raises:
             NumericsError: a gradient that is not finite, or numbers that disagree with the sampler.
         """
-        raise NotImplementedError
 
     def _minibatches(self, batch: UpdateBatch, epoch: int) -> list[np.ndarray]:
         config = self.config
