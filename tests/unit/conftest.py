@@ -85,3 +85,9 @@ def randomize() -> Callable[..., None]:
             parameter.data = (noise * scale).to(parameter.dtype)
 
     return fill
+
+
+@pytest.fixture
+def double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the package upcasts to float32 is upcast to float64, so that gradients are exact."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

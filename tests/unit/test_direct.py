@@ -77,7 +77,7 @@ def test_the_recomputed_images_are_the_sampled_ones(
 @pytest.mark.parametrize("method", ["refl", "draft", "alignprop"])
 @pytest.mark.parametrize("part", ["text_encoder", "unet"])
 def test_the_gradient_is_the_rewards(
-    tiny_backbone: Load, randomize: Callable[..., None], method: str, part: str
+    double: None, tiny_backbone: Load, randomize: Callable[..., None], method: str, part: str
 ) -> None:
     lora = {"text_encoder": part == "text_encoder", "unet": None if part != "unet" else {}}
     config = _config(

@@ -76,12 +76,6 @@ def _to_double(learner: Learner) -> Learner:
 
 
 @pytest.fixture
-def double(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the package upcasts to float32 is upcast to float64, so that gradients are exact."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
-@pytest.fixture
 def trained(
     double: None, tiny_backbone: Load, randomize: Randomize
 ) -> Callable[..., tuple[Learner, UpdateBatch]]:
@@ -408,9 +402,9 @@ def test_kl_equals_the_divergence_of_the_two_policies(trained: Callable) -> None
     learner._shard_gradient(batch, pairs, *_anchor(batch), len(pairs), totals)
 
     def means() -> Tensor:
-        conditioning = learner.likelihood.encode(batch.trajectory, np.arange(4))
-        where = torch.from_numpy(pairs.sample)
-        return learner.likelihood.mean(batch.trajectory, pairs, conditioning, where, 4)[0]
+        conditioning, prompt = learner.likelihood.encode(batch.trajectory, np.arange(4))
+        prepared = learner.backbone.prepare(conditioning)
+        return learner.likelihood.mean(batch.trajectory, pairs, prepared, prompt[pairs.sample])[0]
 
     with torch.no_grad():
         tuned = means()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from texforce_ray.diffusion import ddim
-from texforce_ray.diffusion.sampler import Sampler, encode_for_guidance, policy_mean
+from texforce_ray.diffusion.sampler import Sampler, encode_distinct, policy_mean
 from texforce_ray.diffusion.trajectory import Trajectory, concatenate
 from texforce_ray.model.backbone import Backbone, load_backbone
 
@@ -86,7 +86,8 @@ def _recomputed(backbone: Backbone, trajectory: Trajectory, sampler: Sampler) ->
     ids = tuple(torch.from_numpy(part) for part in trajectory.prompt_ids)
     columns = []
     with torch.no_grad():
-        conditioning = encode_for_guidance(backbone, ids, sampler.guidance_scale)
+        conditioning, rows = encode_distinct(backbone, ids, sampler.guidance_scale)
+        prepared = backbone.prepare(conditioning)
         for index in range(len(trajectory.timesteps)):
             step = torch.full((len(trajectory),), index)
             x, x_prev = (
@@ -94,7 +95,7 @@ def _recomputed(backbone: Backbone, trajectory: Trajectory, sampler: Sampler) ->
                 for i in (index, index + 1)
             )
             scale = sampler.guidance_scale
-            mean = policy_mean(backbone, sampler.table, step, x, conditioning, scale)
+            mean = policy_mean(backbone, sampler.table, step, x, prepared, rows, scale)
             columns.append(ddim.log_prob(sampler.table, step, x_prev.float(), mean.float()))
     return torch.stack(columns, 1).numpy()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from texforce_ray.diffusion import ddim
 from texforce_ray.diffusion.trajectory import Trajectory
-from texforce_ray.model.backbone import Backbone, Conditioning
+from texforce_ray.model.backbone import Backbone, Conditioning, Prepared
 
 _STORAGE = {"float32": torch.float32, "float16": torch.float16}
 
@@ -27,11 +27,14 @@ class Sampler:
         eta: float,
         guidance_scale: float,
         storage_dtype: str = "float32",
+        decode_batch_size: int = 0,
     ) -> None:
+        """`decode_batch_size`: latents that the VAE decodes at once; 0: all."""
         self.backbone = backbone
         self.table = ddim.step_table(backbone.scheduler, steps, eta).to(backbone.device)
         self.guidance_scale = guidance_scale
         self.storage = _STORAGE[storage_dtype]
+        self.decode_batch_size = decode_batch_size
 
     @torch.no_grad()
     def sample(
@@ -47,22 +50,22 @@ class Sampler:
         Returns:
             The trajectory, and images as uint8 [B, H, W, 3].
         """
-        backbone, table = self.backbone, self.table
+        backbone, table, scale = self.backbone, self.table, self.guidance_scale
         ids = backbone.tokenize(prompts).ids
-        conditioning = encode_for_guidance(backbone, ids, self.guidance_scale)
-        generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
-        shape = (len(prompts), *backbone.latent_shape)
-        x = self._noise(shape, generators) * backbone.init_noise_sigma
-        x = x.to(self.storage).to(backbone.dtype)
+        conditioning, rows = encode_distinct(backbone, ids, scale)
+        prepared = backbone.prepare(conditioning)
+        first, *noise = draw_noise(backbone, seeds, len(table.timesteps))
+        # Denoising itself is computed in float32, whatever the networks' dtype: a mean that is
+        # rounded to half precision would make likelihoods meaningless.
+        x = (first * backbone.init_noise_sigma).to(self.storage).float()
         latents, log_probs = [x], []
         for index in range(len(table.timesteps)):
             step = torch.full((len(prompts),), index, device=x.device)
-            mean = policy_mean(backbone, table, step, x, conditioning, self.guidance_scale)
-            noise = self._noise(shape, generators)
+            mean = policy_mean(backbone, table, step, x, prepared, rows, scale)
             # The sampler goes on from the stored value: the learner sees what was sampled.
-            x = ddim.add_noise(table, step, mean, noise).to(self.storage).to(backbone.dtype)
+            x = ddim.add_noise(table, step, mean, noise[index]).to(self.storage).float()
             latents.append(x)
-            log_probs.append(ddim.log_prob(table, step, x.float(), mean.float()))
+            log_probs.append(ddim.log_prob(table, step, x, mean))
         trajectory = Trajectory(
             prompt_ids=tuple(part.numpy() for part in ids),
             latents=torch.stack(latents, 1).to(self.storage).cpu().numpy(),
@@ -72,28 +75,24 @@ class Sampler:
             seeds=np.asarray(seeds, dtype=np.int64),
             policy_version=policy_version,
         )
-        return trajectory, backbone.decode(x)
-
-    def _noise(self, shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
-        return randn_tensor(
-            shape, generator=generators, device=self.backbone.device, dtype=self.backbone.dtype
-        )
+        parts = x.split(self.decode_batch_size or len(x))
+        return trajectory, np.concatenate([backbone.decode(part) for part in parts])
 
 
-def encode_for_guidance(
+def encode_distinct(
     backbone: Backbone, ids: tuple[Tensor, ...], guidance_scale: float
-) -> Conditioning:
-    """Conditioning for B prompts, behind that of B empty prompts if there is guidance.
+) -> tuple[Conditioning, np.ndarray]:
+    """Conditioning of the distinct prompts among B, and which of them each is: int64 [B].
 
-    Each distinct prompt is encoded once.
+    Where there is guidance, the empty prompt comes first.
     """
     distinct, inverse = torch.unique(torch.cat(ids, 1), dim=0, return_inverse=True)
     lengths = [part.shape[1] for part in ids]
-    conditioning = backbone.encode(distinct.split(lengths, 1))[inverse]
+    conditioning = backbone.encode(distinct.split(lengths, 1))
+    rows = inverse.cpu().numpy()
     if guidance_scale <= 1:
-        return conditioning
-    empty = backbone.encode_empty()
-    return Conditioning.cat([empty[torch.zeros_like(inverse)], conditioning])
+        return conditioning, rows
+    return Conditioning.cat([backbone.encode_empty(), conditioning]), rows + 1
 
 
 def policy_output(
@@ -101,18 +100,23 @@ def policy_output(
     table: ddim.StepTable,
     step: Tensor,
     x: Tensor,
-    conditioning: Conditioning,
+    prepared: Prepared,
+    rows: np.ndarray,
     guidance_scale: float,
 ) -> Tensor:
-    """The guided output of the U-Net at each (sample, step): float [B, C, h, w].
+    """The guided output of the U-Net at each (sample, step): float32 [B, C, h, w].
 
-    `conditioning` holds B prompts, or 2 B with the empty ones first where guidance_scale > 1.
+    Sample b has prompt `rows[b]` of the prepared ones; the empty one is the first of them where
+    guidance_scale > 1.
     """
     timesteps = table.timesteps[step]
     if guidance_scale <= 1:
-        return backbone.predict(x, timesteps, conditioning)
-    output = backbone.predict(torch.cat([x, x]), torch.cat([timesteps, timesteps]), conditioning)
-    unconditional, conditional = output.chunk(2)
+        return backbone.predict_prepared(x, timesteps, prepared, rows).float()
+    both = np.concatenate([np.zeros_like(rows), rows])
+    output = backbone.predict_prepared(
+        torch.cat([x, x]), torch.cat([timesteps, timesteps]), prepared, both
+    )
+    unconditional, conditional = output.float().chunk(2)
     return ddim.guide(unconditional, conditional, guidance_scale)
 
 
@@ -121,26 +125,29 @@ def policy_mean(
     table: ddim.StepTable,
     step: Tensor,
     x: Tensor,
-    conditioning: Conditioning,
+    prepared: Prepared,
+    rows: np.ndarray,
     guidance_scale: float,
 ) -> Tensor:
-    """Mean of the policy's Gaussian at each (sample, step): float [B, C, h, w].
+    """Mean of the policy's Gaussian at each (sample, step): float32 [B, C, h, w].
 
     Sampler and learner share this function: what they compute can only differ by rounding.
     """
-    output = policy_output(backbone, table, step, x, conditioning, guidance_scale)
+    output = policy_output(backbone, table, step, x, prepared, rows, guidance_scale)
     return ddim.step_mean(table, step, x, output)
 
 
-def replay_noise(backbone: Backbone, seeds: np.ndarray, steps: int) -> list[Tensor]:
-    """The noise that `Sampler` added at each of `steps` denoising steps: float [B, C, h, w] each.
+def draw_noise(backbone: Backbone, seeds: np.ndarray, steps: int) -> list[Tensor]:
+    """All noise of B samples: where denoising starts, then that of each step: [B, C, h, w] each.
 
-    A pure function of the seeds, so trajectories need not carry it.
+    float32, in stock diffusers' order and dtype. A pure function of the seeds, so trajectories
+    need not carry it.
     """
     generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
     shape = (len(seeds), *backbone.latent_shape)
     drawn = [
-        randn_tensor(shape, generator=generators, device=backbone.device, dtype=backbone.dtype)
+        randn_tensor(shape, generator=generators, device=torch.device("cpu"), dtype=backbone.dtype)
         for _ in range(steps + 1)
     ]
-    return drawn[1:]  # the first is where denoising starts
+    # One copy to the device: one for each step would wait for the step before.
+    return list(torch.stack(drawn).to(backbone.device).float())

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from texforce_ray.config import ModelConfig
 from texforce_ray.errors import ConfigError
+from texforce_ray.model import attention
 from texforce_ray.model.frozen import load_unet, merge_unet_adapter
 from texforce_ray.model.location import SUPPORTED, locate_model
 from texforce_ray.model.snapshot import TEXT_ENCODERS, UNET
@@ -35,22 +36,36 @@ class Conditioning:
     time_ids: Tensor | None = None
 
     def __getitem__(self, index: Tensor) -> Conditioning:
-        return self.map(lambda t: t[index])
-
-    def tensors(self) -> list[Tensor]:
-        return [t for f in fields(self) if (t := getattr(self, f.name)) is not None]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
-        """The same with `function` applied to every tensor there is."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        mapped: Any = {k: None if v is None else function(v) for k, v in values.items()}
-        return Conditioning(**mapped)
+        chosen: Any = {k: None if v is None else v[index] for k, v in values.items()}
+        return Conditioning(**chosen)
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(Conditioning)}
         joined: Any = {k: None if c[0] is None else torch.cat(c) for k, c in columns.items()}
         return Conditioning(**joined)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Conditioning of P distinct prompts, as the U-Net's layers look at it.
+
+    keys_values: of each cross-attention layer in turn, [P, L, C] each; the rest as in
+    `Conditioning`.
+    """
+
+    keys_values: tuple[Tensor, ...]
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.keys_values, *(t for t in (self.pooled, self.time_ids) if t is not None)]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Prepared:
+        """The same with `function` applied to every tensor there is."""
+        rest = (None if t is None else function(t) for t in (self.pooled, self.time_ids))
+        return Prepared(tuple(map(function, self.keys_values)), *rest)
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,7 @@ class Backbone:
         self.unet: UNet2DConditionModel = pipe.unet.eval().requires_grad_(False)
         self.vae: AutoencoderKL = pipe.vae.eval().requires_grad_(False)
         self.text_encoders = [encoder.eval().requires_grad_(False) for encoder in self._encoders()]
+        self._cross_attention = attention.install(self.unet)
         self.unet.to(memory_format=torch.channels_last)
         self.vae.to(memory_format=torch.channels_last)
         # Any scheduler that the directory names is replaced by DDIM with the same noise schedule;
@@ -135,8 +151,40 @@ class Backbone:
         return self.encode(self.tokenize([""]).ids)
 
     def predict(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The U-Net's output for x [B, C, h, w] at timesteps [B]."""
-        return self.unet(x, timesteps, encoder_hidden_states=conditioning.hidden).sample
+        """The U-Net's output for x [B, C, h, w] at timesteps [B], each row with its prompt."""
+        return self.unet(
+            x.to(self.dtype),
+            timesteps,
+            encoder_hidden_states=conditioning.hidden,
+            added_cond_kwargs=self._added(conditioning.pooled, conditioning.time_ids),
+        ).sample
+
+    def prepare(self, conditioning: Conditioning) -> Prepared:
+        """What the U-Net makes of P distinct prompts before it sees a latent, with gradient."""
+        found = attention.keys_values(self._cross_attention, conditioning.hidden)
+        return Prepared(found, conditioning.pooled, conditioning.time_ids)
+
+    def predict_prepared(
+        self, x: Tensor, timesteps: Tensor, prepared: Prepared, rows: np.ndarray
+    ) -> Tensor:
+        """`predict`, where row b has prompt `rows[b]` (int64 [B]) of the prepared ones."""
+        groups = torch.from_numpy(attention.group_rows(rows)).to(self.device)
+        pooled, time_ids = prepared.pooled, prepared.time_ids
+        if pooled is not None and time_ids is not None:
+            index = torch.from_numpy(rows).to(self.device)
+            pooled, time_ids = pooled.index_select(0, index), time_ids.index_select(0, index)
+        return self.unet(
+            x.to(self.dtype),
+            timesteps,
+            encoder_hidden_states=prepared.keys_values[0],  # says only that there are prompts
+            cross_attention_kwargs={"keys_values": prepared.keys_values, "groups": groups},
+            added_cond_kwargs=self._added(pooled, time_ids),
+        ).sample
+
+    def _added(self, pooled: Tensor | None, time_ids: Tensor | None) -> dict[str, Tensor] | None:
+        """What the U-Net is told beside the prompt's tokens."""
+        del pooled, time_ids
+        return None
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] to images in [0, 1], [B, 3, H, W], with gradient."""
@@ -187,11 +235,10 @@ class XlBackbone(Backbone):
             torch.zeros_like(empty.hidden), torch.zeros_like(empty.pooled), empty.time_ids
         )
 
-    def predict(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.time_ids}
-        return self.unet(
-            x, timesteps, encoder_hidden_states=conditioning.hidden, added_cond_kwargs=added
-        ).sample
+    def _added(self, pooled: Tensor | None, time_ids: Tensor | None) -> dict[str, Tensor] | None:
+        assert pooled is not None
+        assert time_ids is not None
+        return {"text_embeds": pooled, "time_ids": time_ids}
 
 
 def load_backbone(

@@ -8,6 +8,7 @@ latent and the noise that the sample's seed gives.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +19,13 @@ from texforce_ray import randomness
 from texforce_ray.config import Config, DirectConfig
 from texforce_ray.diffusion import ddim
 from texforce_ray.diffusion.sampler import (
-    encode_for_guidance,
+    draw_noise,
+    encode_distinct,
     policy_mean,
     policy_output,
-    replay_noise,
 )
 from texforce_ray.diffusion.trajectory import Trajectory
-from texforce_ray.model.backbone import Backbone, Conditioning
+from texforce_ray.model.backbone import Backbone
 from texforce_ray.model.snapshot import PolicySnapshot
 from texforce_ray.rl.trainer import Trainer, UpdateBatch
 
@@ -85,26 +86,26 @@ class DirectLearner(Trainer):
         """
         backbone, device = self.backbone, self.backbone.device
         ids = tuple(torch.from_numpy(part[rows]) for part in trajectory.prompt_ids)
-        conditioning = encode_for_guidance(backbone, ids, self.config.diffusion.guidance_scale)
-        x = torch.from_numpy(trajectory.latents[rows, first]).to(device, backbone.dtype)
+        scale = self.config.diffusion.guidance_scale
+        conditioning, prompt = encode_distinct(backbone, ids, scale)
+        prepared = backbone.prepare(conditioning)
+        given = (prepared, prompt, scale)
+        x = torch.from_numpy(trajectory.latents[rows, first]).to(device).float()
         if self.direct.method == "refl":
             step = torch.full((len(rows),), first, device=device)
-            output = self._run(policy_output, step, x, conditioning)
+            output = self._run(policy_output, step, x, *given)
             x, _ = ddim.predicted(self.table, step, x, output)
             return backbone.decode_pixels(x)
         steps = len(self.table.timesteps)
-        noise = replay_noise(backbone, trajectory.seeds[rows], steps)
+        _, *noise = draw_noise(backbone, trajectory.seeds[rows], steps)
         for index in range(first, steps):
             step = torch.full((len(rows),), index, device=device)
-            mean = self._run(policy_mean, step, x, conditioning)
+            mean = self._run(policy_mean, step, x, *given)
             x = ddim.add_noise(self.table, step, mean, noise[index])
         return backbone.decode_pixels(x)
 
-    def _run(
-        self, function: Callable[..., Tensor], step: Tensor, x: Tensor, conditioning: Conditioning
-    ) -> Tensor:
-        scale = self.config.diffusion.guidance_scale
-        given = (self.backbone, self.table, step, x, conditioning, scale)
+    def _run(self, function: Callable[..., Tensor], *given: Any) -> Tensor:
+        given = (self.backbone, self.table, *given)
         if self.direct.gradient_checkpointing:
             return checkpoint(function, *given, use_reentrant=False)
         return function(*given)

@@ -1,8 +1,9 @@
 """The policy update: trajectories and advantages in, a better adapter out. No Ray.
 
-The gradient of a minibatch takes one encoder pass. The embeddings are cut off from the encoder,
-their gradient is gathered over all timesteps through the U-Net, and one backward pass carries it
-into the adapter: the same gradient as plain autograd's, with T - 1 fewer encoder passes.
+The gradient of a minibatch takes one encoder pass. Each distinct prompt's cross-attention keys and
+values are cut off from the encoder, their gradient is gathered over all samples and timesteps
+through the U-Net, and one backward pass carries it into the adapter: the same gradient as plain
+autograd's, with T - 1 fewer encoder passes.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from texforce_ray.config import Config
 from texforce_ray.diffusion import ddim
 from texforce_ray.diffusion.trajectory import Trajectory
 from texforce_ray.errors import NumericsError
-from texforce_ray.model.backbone import Backbone, Conditioning
-from texforce_ray.model.snapshot import UNET, PolicySnapshot
+from texforce_ray.model.backbone import Backbone, Prepared
+from texforce_ray.model.snapshot import PolicySnapshot
 from texforce_ray.rl import ppo
 from texforce_ray.rl.likelihood import Likelihood, Pairs
 from texforce_ray.rl.trainer import Trainer, UpdateBatch
@@ -36,10 +37,6 @@ class Learner(Trainer):
             config.diffusion.guidance_scale,
             config.learner.microbatch_size,
         )
-        # The U-Net's gradient comes out of every pass; the encoders' is gathered at the embeddings.
-        unet = self.adapter.parts.get(UNET)
-        self._unet_parameters = unet.parameters() if unet else []
-        self._text_parameters = self.parameters[: len(self.parameters) - len(self._unet_parameters)]
 
     def update(self, batch: UpdateBatch, behaviour: PolicySnapshot | None = None) -> dict:
         config = self.config
@@ -129,14 +126,15 @@ class Learner(Trainer):
         trajectory, device = batch.trajectory, self.backbone.device
         rows, local = np.unique(pairs.sample, return_inverse=True)
         with torch.enable_grad():
-            encoded = self.likelihood.encode(trajectory, rows)
-            leaf = encoded.map(lambda t: t.detach().requires_grad_(t.requires_grad))
+            conditioning, prompt = self.likelihood.encode(trajectory, rows)
+            prepared = self.backbone.prepare(conditioning)
+            leaf = prepared.map(lambda t: t.detach().requires_grad_(t.requires_grad))
             reference = self._reference(trajectory, rows)
-            for parameter in self._unet_parameters:
+            for parameter in self.parameters:
                 parameter.grad = None
             for chunk in pairs.chunks(self.config.learner.microbatch_size):
-                part, where = pairs[chunk], torch.from_numpy(local[chunk])
-                mean, step = self.likelihood.mean(trajectory, part, leaf, where, len(rows))
+                part, where = pairs[chunk], prompt[local[chunk]]
+                mean, step = self.likelihood.mean(trajectory, part, leaf, where)
                 log_prob = self.likelihood.density(trajectory, part, step, mean)
                 index = (torch.from_numpy(part.sample), torch.from_numpy(part.step))
                 result = ppo.clipped_loss(
@@ -149,37 +147,40 @@ class Learner(Trainer):
                 loss = result.loss.sum()
                 if reference is not None:
                     with torch.no_grad(), self.adapter.disabled():
-                        base, _ = self.likelihood.mean(
-                            trajectory, part, reference, where, len(rows)
-                        )
+                        base, _ = self.likelihood.mean(trajectory, part, reference, where)
                     kl = ddim.step_kl(self.table, step, mean, base)
                     loss = loss + self.config.ppo.kl_weight * kl.sum()
                     totals.kl_base = (totals.kl_base or 0.0) + float(kl.detach().sum())
                 (loss / valid).backward()
                 totals.add(result)
-            text: Sequence[Tensor] = ()
-            if self._text_parameters:
-                pairs_of = zip(encoded.tensors(), leaf.tensors(), strict=True)
-                through = [(out, cut.grad) for out, cut in pairs_of if cut.grad is not None]
+            through = [
+                (out, cut.grad)
+                for out, cut in zip(prepared.tensors(), leaf.tensors(), strict=True)
+                if cut.grad is not None
+            ]
+            direct = [p.grad for p in self.parameters]
+            found: Sequence[Tensor | None] = [None] * len(direct)
+            if through:
                 outputs, grads = zip(*through, strict=True)
                 # SDXL reads the layer before an encoder's last one: that has no gradient.
-                found = torch.autograd.grad(
-                    outputs, self._text_parameters, grads, allow_unused=True
-                )
-                pairs_found = zip(self._text_parameters, found, strict=True)
-                text = [torch.zeros_like(p) if g is None else g for p, g in pairs_found]
-            unet = [
-                p.grad if p.grad is not None else torch.zeros_like(p) for p in self._unet_parameters
+                found = torch.autograd.grad(outputs, self.parameters, grads, allow_unused=True)
+            return [
+                _sum(p, parts) for p, *parts in zip(self.parameters, direct, found, strict=True)
             ]
-            return [*text, *unet]
 
     @torch.no_grad()
-    def _reference(self, trajectory: Trajectory, rows: np.ndarray) -> Conditioning | None:
-        """The base policy's embeddings, where a KL to it is asked for."""
+    def _reference(self, trajectory: Trajectory, rows: np.ndarray) -> Prepared | None:
+        """The prompts as the base policy sees them, where a KL to it is asked for."""
         if not self.config.ppo.kl_weight:
             return None
         with self.adapter.disabled():
-            return self.likelihood.encode(trajectory, rows)
+            return self.backbone.prepare(self.likelihood.encode(trajectory, rows)[0])
+
+
+def _sum(parameter: Tensor, parts: Sequence[Tensor | None]) -> Tensor:
+    """A parameter's gradient from wherever some comes."""
+    known = [part for part in parts if part is not None]
+    return torch.stack(known).sum(0) if known else torch.zeros_like(parameter)
 
 
 def _stored(trajectory: Trajectory, pairs: Pairs) -> Tensor:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from texforce_ray.diffusion import ddim
-from texforce_ray.diffusion.sampler import encode_for_guidance, policy_mean
+from texforce_ray.diffusion.sampler import encode_distinct, policy_mean
 from texforce_ray.diffusion.trajectory import Trajectory
-from texforce_ray.model.backbone import Backbone, Conditioning
+from texforce_ray.model.backbone import Backbone, Conditioning, Prepared
 
 
 @dataclass(frozen=True)
@@ -55,31 +55,22 @@ class Likelihood:
         self.backbone, self.table = backbone, table
         self.guidance_scale, self.microbatch_size = guidance_scale, microbatch_size
 
-    def encode(self, trajectory: Trajectory, rows: np.ndarray) -> Conditioning:
-        """Embeddings of the prompts of samples `rows`, with gradient; empty prompts come first."""
+    def encode(self, trajectory: Trajectory, rows: np.ndarray) -> tuple[Conditioning, np.ndarray]:
+        """Distinct prompts of samples `rows` with gradient, and which of them each sample has."""
         ids = tuple(torch.from_numpy(part[rows]) for part in trajectory.prompt_ids)
-        return encode_for_guidance(self.backbone, ids, self.guidance_scale)
+        return encode_distinct(self.backbone, ids, self.guidance_scale)
 
     def mean(
-        self,
-        trajectory: Trajectory,
-        pairs: Pairs,
-        conditioning: Conditioning,
-        where: Tensor,
-        rows: int,
+        self, trajectory: Trajectory, pairs: Pairs, prepared: Prepared, where: np.ndarray
     ) -> tuple[Tensor, Tensor]:
         """The policy's mean at each pair, float32 [P, C, h, w], and its step, int64 [P].
 
-        `where` (int64 [P]) says which of the `rows` prompts in `conditioning` a pair belongs to.
+        `where` (int64 [P]) says which of the prepared prompts a pair belongs to.
         """
-        backbone, scale = self.backbone, self.guidance_scale
-        # Empty prompts come first where there is guidance: see encode_for_guidance.
-        index = torch.cat([where, where + rows]) if scale > 1 else where
-        step = torch.from_numpy(pairs.step).to(backbone.device)
-        x = self._latents(trajectory, pairs.sample, pairs.step).to(backbone.dtype)
-        chosen = conditioning[index.to(backbone.device)]
-        mean = policy_mean(backbone, self.table, step, x, chosen, scale)
-        return mean.float(), step
+        step = torch.from_numpy(pairs.step).to(self.backbone.device)
+        x = self._latents(trajectory, pairs.sample, pairs.step).float()
+        scale = self.guidance_scale
+        return policy_mean(self.backbone, self.table, step, x, prepared, where, scale), step
 
     def density(self, trajectory: Trajectory, pairs: Pairs, step: Tensor, mean: Tensor) -> Tensor:
         """Log-probabilities of what was sampled, given the means: float32 [P]."""
@@ -90,11 +81,12 @@ class Likelihood:
     def log_probs(self, trajectory: Trajectory, pairs: Pairs) -> Tensor:
         """Log-probabilities under the current weights, float32 [P], without gradient."""
         rows, local = np.unique(pairs.sample, return_inverse=True)
-        conditioning = self.encode(trajectory, rows)
+        conditioning, prompt = self.encode(trajectory, rows)
+        prepared = self.backbone.prepare(conditioning)
         parts = []
         for chunk in pairs.chunks(self.microbatch_size):
-            part, where = pairs[chunk], torch.from_numpy(local[chunk])
-            mean, step = self.mean(trajectory, part, conditioning, where, len(rows))
+            part = pairs[chunk]
+            mean, step = self.mean(trajectory, part, prepared, prompt[local[chunk]])
             parts.append(self.density(trajectory, part, step, mean))
         return torch.cat(parts)
 
