@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from texforce_ray import randomness
-from texforce_ray.actors.messages import WorkUnit
+from texforce_ray.actors.messages import Info, WorkUnit
 from texforce_ray.actors.pool import gather
 from texforce_ray.config import Config
 from texforce_ray.errors import RewardError
@@ -28,6 +28,7 @@ class ScoredBatch:
     trajectories: one ref per unit of work; never fetched by the driver.
     rewards: float64 [N, R], raw, NaN where a sample could not be scored.
     errors: the last error of each reward that had one.
+    rollouts: what the rollout actors say of each unit.
     reward_seconds: time that each reward's servers computed.
     """
 
@@ -38,7 +39,7 @@ class ScoredBatch:
     trajectories: tuple[ObjectRef, ...]
     rewards: np.ndarray
     errors: dict[str, str]
-    rollout_seconds: float
+    rollouts: tuple[Info, ...]
     reward_seconds: dict[str, float]
 
     @property
@@ -101,7 +102,7 @@ async def collect(crew: Crew, units: Sequence[WorkUnit], policy: ObjectRef) -> S
         trajectories=tuple(ref for part in parts for ref in part.trajectories),
         rewards=np.concatenate([part.rewards for part in parts]),
         errors=errors,
-        rollout_seconds=sum(part.rollout_seconds for part in parts),
+        rollouts=tuple(info for part in parts for info in part.rollouts),
         reward_seconds=seconds,
     )
 
@@ -118,7 +119,7 @@ async def _sample_and_score(crew: Crew, unit: WorkUnit, policy: ObjectRef) -> Sc
         trajectories=(trajectory,),
         rewards=rewards,
         errors=errors,
-        rollout_seconds=info.seconds,
+        rollouts=(info,),
         reward_seconds=seconds,
     )
 

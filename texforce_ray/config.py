@@ -17,6 +17,13 @@ _Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 DType: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 
+def _auto(value: Any) -> Any:
+    return 0 if value == "auto" else value
+
+
+AutoSize: TypeAlias = Annotated[int, BeforeValidator(_auto)]  # 0: not yet resolved
+
+
 def placement(default: Any, description: str, **constraints: Any) -> Any:
     """A field that does not affect the result and may differ when a run is resumed."""
     return Field(
@@ -47,6 +54,11 @@ class ModelConfig(_Section):
         (),
         description="LoRAs of the U-Net that are merged into it and stay frozen: a PEFT folder, a "
         "diffusers LoRA file or folder, or an old attn_procs file",
+    )
+    compile: bool = Field(
+        False,
+        description="torch.compile the U-Net: faster after a minute or more at the first batch of "
+        "each shape",
     )
     device: str = placement("auto", "'auto' (cuda if the actor was given a GPU), 'cpu', 'cuda'")
 
@@ -133,7 +145,19 @@ class RolloutConfig(_Section):
     """Actors that generate trajectories."""
 
     num_workers: int = placement(1, "rollout actors", ge=1)
-    batch_size: int = Field(32, ge=1, description="samples in one unit of work")
+    min_workers: int | None = placement(
+        None,
+        "rollout actors that must be there to start; the others join when the cluster has room "
+        "for them. Default: num_workers",
+        ge=1,
+    )
+    batch_size: AutoSize = Field(
+        32,
+        ge=0,
+        description="samples in one unit of work; 'auto': as many as memory allows, found before "
+        "the run starts and stored in its config",
+    )
+    decode_batch_size: int = Field(8, ge=1, description="latents that the VAE decodes at once")
     num_threads: int = Field(2, ge=1, description="CPU threads of one actor (changes rounding)")
     num_cpus: float = placement(1.0, "CPUs that Ray reserves for each actor", ge=0)
     num_gpus: float = placement(0.0, "GPUs that Ray reserves for each actor", ge=0)
@@ -305,15 +329,32 @@ class OptimizerConfig(_Section):
 class LearnerConfig(_Section):
     """The actor that trains."""
 
-    microbatch_size: int = Field(
-        64, ge=1, description="(sample, timestep) pairs in one pass through the U-Net"
+    num_workers: int = placement(
+        1, "learner actors that share each update; must divide gradient_shards", ge=1
+    )
+    microbatch_size: AutoSize = Field(
+        64,
+        ge=0,
+        description="(sample, timestep) pairs in one pass through the U-Net; 'auto' as for "
+        "rollout.batch_size",
     )
     gradient_shards: int = Field(
-        1, ge=1, description="fixed parts of a minibatch whose gradients are summed in order"
+        1,
+        ge=1,
+        description="fixed parts of a minibatch whose gradients are summed in order, so that the "
+        "number of learners changes no bit of the result",
     )
-    num_threads: int = Field(2, ge=1, description="CPU threads (changes rounding)")
-    num_cpus: float = placement(0.5, "CPUs that Ray reserves", ge=0)
-    num_gpus: float = placement(0.0, "GPUs that Ray reserves", ge=0)
+    gradient_checkpointing: bool = placement(
+        False, "compute the U-Net's activations twice rather than keep them: a third slower"
+    )
+    colocated: bool = placement(
+        False,
+        "the learner lives in the rollout actor and shares its weights and device, in turns; for "
+        "one GPU. learner.num_cpus and num_gpus are not asked for",
+    )
+    num_threads: int = Field(2, ge=1, description="CPU threads of one (changes rounding)")
+    num_cpus: float = placement(0.5, "CPUs that Ray reserves for each", ge=0)
+    num_gpus: float = placement(0.0, "GPUs that Ray reserves for each", ge=0)
     resources: dict[str, float] = placement({}, "custom Ray resources")
     timeout_s: float = placement(7200.0, "deadline of one iteration's updates", gt=0)
 
@@ -403,6 +444,18 @@ class Config(_Section):
     def units_per_iteration(self) -> int:
         return self.samples_per_iteration // self.rollout.batch_size
 
+    def sized_like(self, other: Config) -> Config:
+        """With sizes left to memory ('auto') as another run found them."""
+        r, t = self.rollout, self.learner
+        batch = r.batch_size or other.rollout.batch_size
+        micro = t.microbatch_size or other.learner.microbatch_size
+        return self.model_copy(
+            update={
+                "rollout": r.model_copy(update={"batch_size": batch}),
+                "learner": t.model_copy(update={"microbatch_size": micro}),
+            }
+        )
+
     @property
     def minibatch_size(self) -> int:
         return self.samples_per_iteration // self.ppo.num_minibatches
@@ -440,7 +493,7 @@ class Config(_Section):
             f"prompts.per_iteration x prompts.samples_per_prompt = "
             f"{self.prompts.per_iteration} x {self.prompts.samples_per_prompt} = {samples} samples"
         )
-        if samples % self.rollout.batch_size:
+        if self.rollout.batch_size and samples % self.rollout.batch_size:
             raise ValueError(
                 f"rollout.batch_size: {self.rollout.batch_size} does not divide {what}; "
                 f"possible: {_divisors(samples)}"
@@ -455,6 +508,24 @@ class Config(_Section):
                 f"learner.gradient_shards: {self.learner.gradient_shards} does not divide the "
                 f"minibatch of {self.minibatch_size} samples; "
                 f"possible: {_divisors(self.minibatch_size)}"
+            )
+        if self.learner.gradient_shards % self.learner.num_workers:
+            raise ValueError(
+                f"learner.num_workers: {self.learner.num_workers} does not divide "
+                f"learner.gradient_shards = {self.learner.gradient_shards}; set gradient_shards to "
+                "a multiple of the most learners that you may want"
+            )
+        if self.learner.colocated and (self.learner.num_workers, self.rollout.num_workers) != (
+            1,
+            1,
+        ):
+            raise ValueError(
+                "learner.colocated: needs rollout.num_workers = 1 and learner.num_workers = 1"
+            )
+        if (self.rollout.min_workers or 1) > self.rollout.num_workers:
+            raise ValueError(
+                f"rollout.min_workers: {self.rollout.min_workers} is more than "
+                f"rollout.num_workers = {self.rollout.num_workers}"
             )
         a = self.advantage
         if self.direct is not None:

@@ -18,10 +18,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from texforce_ray.actors.crew import Crew, connect
+from texforce_ray.actors.crew import Crew, Roles, connect
 from texforce_ray.actors.environments import chosen, prepare_environments
 from texforce_ray.actors.placement import wait_for_room
 from texforce_ray.actors.pool import readable
+from texforce_ray.actors.sizing import needs_sizes, with_sizes
 from texforce_ray.collect import (
     ScoredBatch,
     TrainingBatch,
@@ -72,12 +73,13 @@ class _Run:
     progress: Progress
 
 
-def train(config: Config, *, resume: bool = False) -> RunResult:
+def train(config: Config, *, resume: bool = False, roles: Roles = Roles()) -> RunResult:  # noqa: B008 - immutable
     """Run a configuration to its end; the same as `python -m texforce_ray.run`.
 
     Args:
         config: what to run.
         resume: continue the run in `config.run_dir` from its newest whole checkpoint.
+        roles: actor classes, where others stand in for them.
 
     Raises:
         TexForceError: anything that a user can act on; `Interrupted` after SIGINT or SIGTERM.
@@ -87,7 +89,7 @@ def train(config: Config, *, resume: bool = False) -> RunResult:
     prompts_digest = digest([*prompts, *eval_prompts])
     if resume:
         check_resumable(config, prompts_digest)
-    job = _train(config, prompts, eval_prompts, prompts_digest, resume)
+    job = _train(config, prompts, eval_prompts, prompts_digest, resume, roles)
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -155,6 +157,8 @@ async def _iterate(run: _Run, policy: Policy, baseline: Baseline) -> None:
                     await _evaluate(run, policy)
             await recorder.iteration(training, update, policy, baseline, crew)
             run.progress.update(policy.version, recorder.reward, recorder.samples_per_second)
+            # The last references to its trajectories: the object store is free for the next ones.
+            del batch, training
     finally:
         for task in under_way.values():
             task.cancel()
@@ -187,19 +191,22 @@ async def _train(
     eval_prompts: list[Prompt],
     prompts_digest: str,
     resume: bool,
+    roles: Roles,
 ) -> RunResult:
     """Everything around the loop: start, restore, stop, clean up."""
     began = time.monotonic()
     checkpoint = _restore(config) if resume else None
     with contextlib.ExitStack() as cleanup:
         start = checkpoint.iteration if checkpoint else 0
+        if needs_sizes(config):  # before they are stored
+            _reach(config, cleanup)
+            config = await with_sizes(config)
         if resume:
             directory = RunDirectory.reopen(config, start)
         else:
             directory = RunDirectory.create(config, prompts_digest)
         cleanup.callback(directory.close)
-        if connect(config):
-            cleanup.callback(ray.shutdown)
+        _reach(config, cleanup)
         cleanup.enter_context(cancel_on_signal())
         progress = cleanup.enter_context(Progress(config.iterations, start))
         recorder = Recorder(config, directory)
@@ -207,7 +214,7 @@ async def _train(
         baseline = Baseline(config, checkpoint.prompt_statistics if checkpoint else {})
         try:
             await wait_for_room(config)
-            crew = Crew(config, await prepare_environments(config))
+            crew = Crew(config, await prepare_environments(config), roles=roles)
             cleanup.callback(crew.close)
             run = _Run(config, prompts, eval_prompts, crew, recorder, progress)
             policy = await _start(run, checkpoint)
@@ -233,6 +240,11 @@ async def _train(
         seconds = time.monotonic() - began
         adapter = directory.path / "adapter"
         return RunResult(directory.path, adapter, policy.version, seconds, comparison)
+
+
+def _reach(config: Config, cleanup: contextlib.ExitStack) -> None:
+    if connect(config):
+        cleanup.callback(ray.shutdown)
 
 
 def _restore(config: Config) -> Checkpoint | None:

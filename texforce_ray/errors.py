@@ -38,6 +38,10 @@ class ActorError(TexForceError):
     """An actor failed for good: names the actor, its task and the cause."""
 
 
+class PeerLostError(TexForceError):
+    """A learner lost the others that it works with; all of them are started again."""
+
+
 class NumericsError(TexForceError):
     """Learner and sampler disagree about log-probabilities beyond the configured bound."""
 

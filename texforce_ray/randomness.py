@@ -18,10 +18,21 @@ def noise_seeds(seed: int, iteration: int, count: int, stream: int = NOISE) -> n
     return generator(seed, stream, iteration).integers(2**62, size=count, dtype=np.int64)
 
 
-def minibatches(seed: int, iteration: int, epoch: int, count: int, parts: int) -> list[np.ndarray]:
-    """A shuffled split of `count` samples into equal `parts`, each int64 [count / parts]."""
-    order = generator(seed, MINIBATCHES, iteration, epoch).permutation(count)
-    return np.split(order, parts)
+def minibatches(
+    seed: int, iteration: int, epoch: int, count: int, parts: int, shards: int = 1
+) -> list[np.ndarray]:
+    """A shuffled split of `count` samples into equal `parts`, each int64 [count / parts].
+
+    Sample i belongs to shard i * shards // count for good; every part takes equally many of each,
+    the first shard's first.
+    """
+    rng = generator(seed, MINIBATCHES, iteration, epoch)
+    size = count // shards
+    orders = [shard * size + rng.permutation(size) for shard in range(shards)]
+    return [
+        np.concatenate(pieces)
+        for pieces in zip(*(np.split(order, parts) for order in orders), strict=True)
+    ]
 
 
 def trained_steps(

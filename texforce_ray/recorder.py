@@ -174,8 +174,10 @@ class Recorder:
             "seconds/total": seconds,
             "seconds/checkpoint_before": self._checkpoint_seconds,
             "share/learner_wait": 1 - self._seconds["update"] / seconds,
-            "work/rollout": batch.rollout_seconds,
+            "work/rollout": sum(info.seconds for info in batch.rollouts),
             "work/learner": float(update.get("seconds", 0.0)),
+            "work/learner_fetch": float(update.get("fetch_seconds", 0.0)),
+            **_utilisation(batch, update),
         }
 
     async def checkpoint(self, policy: Policy, baseline: Baseline) -> None:
@@ -241,6 +243,20 @@ class Recorder:
                 [base.total[:shown].tolist(), tuned.total[:shown].tolist()],
             )
         self.directory.report()
+
+
+def _utilisation(batch: ScoredBatch, update: Mapping[str, Any]) -> dict[str, float]:
+    """Model FLOPs in a second of work, as a share of the device's measured peak."""
+    flops = sum(info.flops for info in batch.rollouts)
+    possible = sum(info.seconds * info.peak_flops for info in batch.rollouts)
+    size = float(sum(info.trajectory_bytes for info in batch.rollouts))
+    metrics = {"object_store/trajectory_bytes": size}
+    if possible:
+        metrics |= {"flops/rollout": flops, "mfu/rollout": flops / possible}
+    if update.get("flops"):
+        possible = update["seconds"] * update["peak_flops"]
+        metrics |= {"flops/learner": update["flops"], "mfu/learner": update["flops"] / possible}
+    return metrics
 
 
 def _correlation(values: np.ndarray, training: TrainingBatch) -> float:

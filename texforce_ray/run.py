@@ -86,8 +86,9 @@ def _configure(file: Path | None, resume: Path | None, overrides: list[str]) -> 
         return load_config(file, overrides)
     if file is None:
         return read_config(resume, overrides)
-    now = load_config(file, [*overrides, f"run_dir={resume.absolute()}"])
-    check_same(read_config(resume), now, resume)
+    stored = read_config(resume)
+    now = load_config(file, [*overrides, f"run_dir={resume.absolute()}"]).sized_like(stored)
+    check_same(stored, now, resume)
     return now
 
 
@@ -108,15 +109,21 @@ def _dry_run(config: Config) -> None:
         f"{config.iterations * config.samples_per_iteration} samples"
     )
     print(
-        f"  each iteration: {config.units_per_iteration} units of {config.rollout.batch_size} "
-        f"samples, {config.ppo.epochs * config.ppo.num_minibatches} updates of "
-        f"{config.minibatch_size} samples x {config.trained_timesteps} timesteps"
+        f"  each iteration: {_units(config)}, "
+        f"{config.ppo.epochs * config.ppo.num_minibatches} updates of {config.minibatch_size} "
+        f"samples x {config.trained_timesteps} timesteps"
     )
     print(f"  evaluation on {len(eval_prompts)} prompts; staleness {config.max_staleness}")
     for request in asked:
         print(f"  {request}")
     print(f"  in all: {needed or 'no resources'}")
     print(f"  results go to {config.run_dir}")
+
+
+def _units(config: Config) -> str:
+    if not config.rollout.batch_size:
+        return "units of as many samples as memory allows"
+    return f"{config.units_per_iteration} units of {config.rollout.batch_size} samples"
 
 
 def _print_result(result: RunResult) -> None:

@@ -53,6 +53,40 @@ def test_staleness_follows_the_config_alone(plain: Finished, pipelined: Finished
     assert [m["staleness"] for m in pipelined.metrics] == [0, 1, 1]
 
 
+SHARDS = (
+    "prompts.samples_per_prompt=8",
+    "learner.gradient_shards=4",
+    "learner.num_threads=1",
+    "max_staleness=1",
+)
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_learners_give_the_bits_of_one(
+    sharded: Finished, tmp_path: Path, count: int
+) -> None:
+    several = run(tmp_path / "run", *SHARDS, f"learner.num_workers={count}", "learner.num_cpus=0.1")
+    assert several.samples() == sharded.samples()
+    assert several.adapter() == sharded.adapter()
+    for one, other in zip(sharded.metrics, several.metrics, strict=True):
+        names = [name for name in one if name.startswith(("ppo/", "learner/"))]
+        assert len(names) >= 6
+        assert {n: one[n] for n in names} == {n: other[n] for n in names}
+
+
+def test_rollout_and_learner_in_one_actor_give_the_same_bits(
+    plain: Finished, tmp_path: Path
+) -> None:
+    shared = run(tmp_path / "run", "learner.colocated=true", "model.device=cpu")
+    assert shared.samples() == plain.samples()
+    assert shared.adapter() == plain.adapter()
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return run(tmp_path_factory.mktemp("sharded") / "run", *SHARDS)
+
+
 def test_three_rollout_actors_give_the_bits_of_one(plain: Finished, tmp_path: Path) -> None:
     three = run(tmp_path / "run", "rollout.num_workers=3", "rollout.num_cpus=0.25")
     assert three.samples() == plain.samples()

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import numpy as np
 import ray
 
 import texforce_ray
+from texforce_ray.actors.colocated import ColocatedActor
 from texforce_ray.actors.environments import chosen
-from texforce_ray.actors.learner import LearnerActor
+from texforce_ray.actors.learner import LearnerActor, Membership
 from texforce_ray.actors.messages import ImagePayload, Info, Scores, WorkUnit
-from texforce_ray.actors.pool import ActorPool, gather
+from texforce_ray.actors.pool import ActorPool, SubmitRank, gather
 from texforce_ray.actors.reward import RewardServer
 from texforce_ray.actors.rollout import RolloutActor
 from texforce_ray.actors.scoring import RewardPool
@@ -61,6 +63,15 @@ def connect(config: Config) -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class Roles:
+    """The classes that do the work. Others with the same methods can stand in for them."""
+
+    rollout: type = RolloutActor
+    learner: type = LearnerActor
+    both: type = ColocatedActor  # with learner.colocated
+
+
 class Crew:
     """Rollout actors, reward servers and a learner, behind methods named for what they do.
 
@@ -68,25 +79,34 @@ class Crew:
     """
 
     def __init__(
-        self, config: Config, pythons: Mapping[str, str] | None = None, *, learner: bool = True
+        self,
+        config: Config,
+        pythons: Mapping[str, str] | None = None,
+        *,
+        learner: bool = True,
+        roles: Roles = Roles(),
     ) -> None:
         """Start all actors; `pythons`: interpreters of rewards that have one of their own."""
         self.config = config
-        r, t = config.rollout, config.learner
-        rollouts = [
-            _start(RolloutActor, r, config.rollout.num_threads, config, [config])
-            for _ in range(r.num_workers)
-        ]
-        self.rollouts = ActorPool("rollout", rollouts, retries=config.ray.task_retries)
+        r, t, retries = config.rollout, config.learner, config.ray.task_retries
+        patience = config.ray.start_timeout_s
+        shared = learner and t.colocated
+        kind = roles.both if shared else roles.rollout
+        rollouts = [_start(kind, r, r.num_threads, config, [config]) for _ in range(r.num_workers)]
+        self.rollouts = ActorPool("rollout", rollouts, retries=retries, start_timeout=patience)
         self.learner: ActorPool | None = None
         if learner:
-            actors = [_start(LearnerActor, t, config.learner.num_threads, config, [config])]
-            self.learner = ActorPool("learner", actors, retries=config.ray.task_retries)
+            actors = [
+                rollouts[0] if shared else _start(roles.learner, t, t.num_threads, config, [config])
+                for _ in range(t.num_workers)
+            ]
+            self.learner = ActorPool("learner", actors, retries=retries, start_timeout=patience)
         self.rewards = {
             reward.key: reward_pool(reward, config, pythons or {}) for reward in config.rewards
         }
         # Rollouts wait for slow rewards rather than filling the object store with images.
         self.unscored = asyncio.Semaphore(config.rollout.unscored_units)
+        self._meeting: str | None = None
 
     def pools(self) -> list[ActorPool]:
         learner = [self.learner] if self.learner else []
@@ -96,7 +116,14 @@ class Crew:
     async def ready(self) -> None:
         """Wait for all actors at once; their imports are most of a run's start."""
         timeout = self.config.ray.start_timeout_s
-        await gather(*(pool.ready(timeout) for pool in self.pools()))
+        await gather(
+            *(
+                pool.ready(
+                    timeout, self.config.rollout.min_workers if pool is self.rollouts else None
+                )
+                for pool in self.pools()
+            )
+        )
 
     def close(self) -> None:
         for pool in self.pools():
@@ -152,11 +179,12 @@ class Crew:
     async def initialize(self, state: Refs) -> tuple[ray.ObjectRef, ...]:
         """(state, snapshot, evaluation snapshot) of a fresh or restored learner."""
         assert self.learner is not None
-        _, refs = await self.learner.run(
-            "initialisation",
-            lambda actor: actor.initialize.options(num_returns=4).remote(list(state)),
-            self.config.ray.start_timeout_s,
-        )
+
+        async def prepare() -> SubmitRank:
+            return lambda _, actor: actor.initialize.options(num_returns=4).remote(list(state))
+
+        timeout = self.config.ray.start_timeout_s
+        _, refs = await self.learner.run_together("initialisation", prepare, timeout)
         return refs
 
     async def update(
@@ -170,13 +198,33 @@ class Crew:
     ) -> tuple[dict[str, Any], tuple[ray.ObjectRef, ...]]:
         """Metrics, and (state, snapshot, evaluation snapshot) of the next version."""
         assert self.learner is not None
-        return await self.learner.run(
-            f"the update of iteration {version}",
-            lambda actor: actor.update.options(num_returns=4).remote(
-                version, list(trajectories), advantages, mask, [state], list(behaviour)
-            ),
-            self.config.learner.timeout_s,
+
+        async def prepare() -> SubmitRank:
+            size, address = self.config.learner.num_workers, await self._meet()
+            return lambda rank, actor: actor.update.options(num_returns=4).remote(
+                version,
+                list(trajectories),
+                advantages,
+                mask,
+                [state],
+                list(behaviour),
+                Membership(rank, size, address),
+            )
+
+        return await self.learner.run_together(
+            f"the update of iteration {version}", prepare, self.config.learner.timeout_s
         )
+
+    async def _meet(self) -> str | None:
+        """Where the learners work together: where they have met, or a new place if one has not."""
+        if self.config.learner.num_workers == 1:
+            return None
+        assert self.learner is not None
+        actors = self.learner.actors
+        met = await gather(*(_soon(actor.meeting.remote()) for actor in actors))
+        if self._meeting is None or set(met) != {self._meeting}:
+            self._meeting = await _soon(actors[0].meeting_point.remote())
+        return self._meeting
 
     async def export(self, policy: Refs) -> dict[str, bytes]:
         """An adapter's files by name."""
@@ -208,6 +256,11 @@ class Crew:
 
         payload: ImagePayload = await asyncio.wrap_future(ref.future())
         return unpack_images(payload)
+
+
+async def _soon(ref: ray.ObjectRef) -> Any:
+    """The value of a call that takes no time."""
+    return await asyncio.wait_for(asyncio.wrap_future(ref.future()), 60.0)
 
 
 def reward_pool(reward: RewardConfig, config: Config, pythons: Mapping[str, str]) -> RewardPool:
@@ -246,6 +299,10 @@ def _start(
     settings = {
         "OMP_NUM_THREADS": str(threads),
         "TRANSFORMERS_VERBOSITY": "error",
+        # Large tensors come and go with every layer: memory is kept rather than given back to the
+        # system each time (glibc).
+        "MALLOC_MMAP_THRESHOLD_": str(2**30),
+        "MALLOC_TRIM_THRESHOLD_": str(2**32),
         "GLOG_minloglevel": "2",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }

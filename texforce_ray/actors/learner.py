@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +20,15 @@ if TYPE_CHECKING:
     from texforce_ray.model.backbone import Backbone
     from texforce_ray.rl.trainer import Trainer
 
-Updated = tuple[dict[str, Any], LearnerState, PolicySnapshot, PolicySnapshot]
+Updated = tuple[dict[str, Any], LearnerState | None, PolicySnapshot | None, PolicySnapshot | None]
+
+
+class Membership(NamedTuple):
+    """A learner's place among those that work on one update together."""
+
+    rank: int = 0
+    size: int = 1
+    address: str | None = None
 
 
 class LearnerActor:
@@ -32,11 +41,33 @@ class LearnerActor:
 
         quiet_libraries()
         torch.set_num_threads(config.learner.num_threads)
-        self.learner = _learner(load_config_backbone(config.model, config.learner.num_gpus), config)
+        self._begin(load_config_backbone(config.model, config.learner.num_gpus), config)
+
+    def _begin(self, backbone: Backbone, config: Config) -> None:
+        from texforce_ray.model.flops import matmul_peak, pair_flops
+
+        self.config = config
+        self._address: str | None = None
+        self._pair_flops = pair_flops(backbone, config.diffusion.guidance_scale)
+        self._peak_flops = matmul_peak(backbone.device, backbone.dtype)
+        self.learner = _learner(backbone, config)
 
     def ready(self) -> str:
         """Device and process, for log messages."""
         return f"{self.learner.backbone.device}, pid {os.getpid()}"
+
+    def meeting(self) -> str | None:
+        """Where this learner has met the others, if it has."""
+        return self._address
+
+    def meeting_point(self) -> str:
+        """A free address on this learner's machine, for all of them to meet at."""
+        import ray
+
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return f"tcp://{host}:{probe.getsockname()[1]}"
 
     def initialize(self, state: Sequence[ObjectRef]) -> Updated:
         """Start fresh, or from the state that `state[0]` refers to; publishes that version."""
@@ -54,11 +85,13 @@ class LearnerActor:
         mask: np.ndarray,
         state: Sequence[ObjectRef],
         behaviour: Sequence[ObjectRef],
+        membership: Membership = Membership(),  # noqa: B008 - immutable
     ) -> Updated:
         """Train policy `version` to `version + 1`; repeating a call repeats its result.
 
         Whatever this actor did before, it goes on from `state` if it is not at `version`: a
-        restarted actor, or one whose answer was lost.
+        restarted actor, or one whose answer was lost. Of several learners each fetches only the
+        trajectories of its own shards, and the first one publishes.
         """
         import ray
 
@@ -66,11 +99,45 @@ class LearnerActor:
         from texforce_ray.rl.trainer import UpdateBatch
 
         start = time.perf_counter()
+        self._join(membership)
         if self.learner.version != version:
             self.learner.load(ray.get(state[0]))
-        batch = UpdateBatch(concatenate(ray.get(list(trajectories))), advantages, mask)
+        unit = self.config.rollout.batch_size
+        own = len(mask) // membership.size
+        first = membership.rank * own // unit
+        last = -(-(membership.rank + 1) * own // unit)
+        mine = concatenate(ray.get(list(trajectories[first:last])))
+        fetched = time.perf_counter() - start
+        batch = UpdateBatch(mine, advantages, mask, first * unit)
         metrics = self.learner.update(batch, ray.get(behaviour[0]) if behaviour else None)
-        return self._published(metrics | {"seconds": time.perf_counter() - start})
+        seconds = time.perf_counter() - start
+        if membership.rank:
+            return {}, None, None, None
+        return self._published(
+            metrics
+            | {
+                "seconds": seconds,
+                "fetch_seconds": fetched,
+                "flops": metrics.get("ppo/trained_pairs", 0) * self._pair_flops,
+                "peak_flops": self._peak_flops * membership.size,
+            }
+        )
+
+    def _join(self, membership: Membership) -> None:
+        """Meet the others, if this is not where that has happened already."""
+        from texforce_ray.rl.group import Alone, Together
+
+        if membership.address == self._address:
+            return
+        self.learner.group.close()
+        self.learner.group, self._address = Alone(), None
+        if membership.address is not None:
+            device = self.learner.backbone.device
+            patience = self.config.ray.start_timeout_s
+            self.learner.group = Together(
+                membership.address, membership.rank, membership.size, device, patience
+            )
+        self._address = membership.address
 
     def _published(self, metrics: dict[str, Any]) -> Updated:
         learner = self.learner

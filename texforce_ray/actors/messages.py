@@ -34,6 +34,9 @@ class Info(NamedTuple):
 
     seconds: float
     thumbnails: np.ndarray | None = None  # uint8 [B, 16, 16, 3], of evaluation images
+    flops: float = 0.0  # of the model, for these samples
+    peak_flops: float = 0.0  # in a second, measured on the actor's device
+    trajectory_bytes: int = 0
 
 
 class Scores(NamedTuple):

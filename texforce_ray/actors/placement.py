@@ -25,13 +25,14 @@ class Request:
 
 
 def requests(config: Config, *, learner: bool = True) -> list[Request]:
-    """All actors of a run, by role."""
+    """All actors that a run needs to start, by role."""
     r, t = config.rollout, config.learner
-    asked = [
-        Request("rollout", r.num_workers, {"CPU": r.num_cpus, "GPU": r.num_gpus, **r.resources})
-    ]
-    if learner:
-        asked.append(Request("learner", 1, {"CPU": t.num_cpus, "GPU": t.num_gpus, **t.resources}))
+    needed = r.min_workers or r.num_workers
+    asked = [Request("rollout", needed, {"CPU": r.num_cpus, "GPU": r.num_gpus, **r.resources})]
+    if learner and not t.colocated:
+        asked.append(
+            Request("learner", t.num_workers, {"CPU": t.num_cpus, "GPU": t.num_gpus, **t.resources})
+        )
     for reward in config.rewards:
         each = {"CPU": reward.num_cpus, "GPU": reward.num_gpus, **reward.resources}
         asked.append(Request(f"reward {reward.key}", reward.replicas, each))

@@ -8,21 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from texforce_ray.errors import ActorError, TexForceError
+from texforce_ray.errors import ActorError, PeerLostError, TexForceError
 
 log = logging.getLogger(__name__)
 
 Submit = Callable[[Any], Any]  # calls a method of an actor; gives its ref or refs
+SubmitRank = Callable[[int, Any], Any]  # the same, told which actor of the pool it is
+Result = tuple[Any, tuple[ray.ObjectRef, ...]]
+
+_SETTLE_S = 10.0  # after one of several failed, until the others have as well
+_NOBODY = -1  # wakes those who wait for a free actor when none is left
 
 
 class ActorPool:
-    """Equal actors behind one `run`: small results are awaited, refs to large ones are kept."""
+    """Equal actors behind one `run`: small results are awaited, refs to large ones are kept.
+
+    Actors join as they become ready, also later ones, for which the cluster has yet to grow, and
+    ones that were restarted.
+    """
 
     def __init__(
         self, name: str, actors: Sequence[Any], *, retries: int, start_timeout: float = 180.0
@@ -30,14 +39,37 @@ class ActorPool:
         self.name, self.actors, self.retries = name, list(actors), retries
         self.start_timeout = start_timeout
         self.restarts = 0
-        self._dead: set[int] = set()
+        self._joining: dict[int, asyncio.Task[str]] = {}
+        self._present: set[int] = set()
+        self._errors: dict[int, ActorError | TexForceError] = {}  # of actors that are gone for good
         self._idle: asyncio.Queue[int] = asyncio.Queue()
-        for index in range(len(self.actors)):
-            self._idle.put_nowait(index)
 
-    async def run(
-        self, task: str, submit: Submit, timeout: float
-    ) -> tuple[Any, tuple[ray.ObjectRef, ...]]:
+    async def ready(self, timeout: float, at_least: int | None = None) -> list[str]:
+        """Wait until actors have started (all, or `at_least`); each answers who it is.
+
+        Raises:
+            ActorError: an actor's constructor failed, or `timeout` seconds went by.
+        """
+        self._start()
+        wanted = len(self.actors) if at_least is None else at_least
+        waiting = set(self._joining.values())
+        deadline = asyncio.get_running_loop().time() + timeout
+        while len(self._present) < wanted and waiting:
+            left = deadline - asyncio.get_running_loop().time()
+            done, waiting = await asyncio.wait(
+                waiting, timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in done:
+                task.result()  # a constructor's error ends the wait
+            if not done:
+                late = next(i for i in range(len(self.actors)) if i not in self._present)
+                raise ActorError(
+                    f"{self.name}-{late} did not start within {timeout:.0f} s "
+                    "(ray.start_timeout_s): no room on any single node, or slow imports"
+                )
+        return [f"{self.name}-{index}" for index in sorted(self._present)]
+
+    async def run(self, task: str, submit: Submit, timeout: float) -> Result:
         """Run one task on a free actor.
 
         Args:
@@ -51,88 +83,166 @@ class ActorPool:
         Raises:
             ActorError: naming actor, task and cause, when the task raised or all tries failed.
         """
+        self._start()
         for attempt in range(self.retries + 1):
             index = await self._free(task)
-            name, back = f"{self.name}-{index}", True
+            lost = False
             try:
-                refs = submit(self.actors[index])
-                first, *rest = refs if isinstance(refs, Sequence) else [refs]
-                value = await asyncio.wait_for(asyncio.wrap_future(first.future()), timeout)
-                return value, tuple(rest)
+                return await _answer(submit(self.actors[index]), timeout)
             except (RayActorError, TimeoutError) as error:
-                cause = _cause(error, timeout)
-                if isinstance(error, TimeoutError):
-                    ray.kill(self.actors[index], no_restart=False)
-                back = await self._revived(index)
-                if attempt == self.retries:
-                    raise ActorError(
-                        f"{name} failed at {task} after {attempt + 1} tries: {cause}"
-                    ) from None
-                log.warning("%s failed at %s (%s); trying again", name, task, cause)
-                self.restarts += 1
+                lost = True
+                self._lost(index, task, error, timeout, last=attempt == self.retries)
             except RayError as error:
-                raise readable(name, task, error) from None
+                raise readable(f"{self.name}-{index}", task, error) from None
             finally:
-                if back:
+                if not lost:
                     self._idle.put_nowait(index)
         raise AssertionError("unreachable")
 
-    async def _free(self, task: str) -> int:
-        """The next free actor.
+    async def run_together(
+        self, task: str, prepare: Callable[[], Awaitable[SubmitRank]], timeout: float
+    ) -> Result:
+        """Run one task on all actors at once; the result of the first.
+
+        They work on it together: if one is lost, the others wait for it in vain, so all are started
+        again before the next try. `prepare` is awaited before each try, while all are free.
 
         Raises:
-            ActorError: none is left.
+            ActorError: as `run`.
         """
-        if len(self._dead) == len(self.actors):
-            raise ActorError(
-                f"no {self.name} actor is left for {task}: all used up their restarts "
-                "(ray.max_restarts)"
-            )
-        return await self._idle.get()
-
-    async def _revived(self, index: int) -> bool:
-        """Wait until Ray has restarted an actor; False if it will not come back.
-
-        Without the wait a task's tries would be over before a restarting actor has imported.
-        """
-        try:
-            await asyncio.wait_for(
-                asyncio.wrap_future(self._alive(index).future()), self.start_timeout
-            )
-        except (RayError, TimeoutError):
-            self._dead.add(index)
-            return False
-        return True
-
-    def _alive(self, index: int) -> ray.ObjectRef:
-        # Unlike a task, this harmless call may wait for and survive a restart.
-        return self.actors[index].ready.options(max_task_retries=-1).remote()
-
-    async def ready(self, timeout: float) -> list[str]:
-        """Wait until every actor has started; each answers who it is.
-
-        Raises:
-            ActorError: an actor's constructor failed, or `timeout` seconds went by.
-        """
-        return await gather(*(self._started(index, timeout) for index in range(len(self.actors))))
-
-    async def _started(self, index: int, timeout: float) -> str:
-        name = f"{self.name}-{index}"
-        ref = self.actors[index].ready.remote()
-        try:
-            return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout)
-        except TimeoutError:
-            raise ActorError(
-                f"{name} did not start within {timeout:.0f} s (ray.start_timeout_s): no room on "
-                "any single node, or slow imports"
-            ) from None
-        except RayError as error:
-            raise readable(name, "start", error) from None
+        self._start()
+        for attempt in range(self.retries + 1):
+            members = sorted([await self._free(task, others_work=False) for _ in self.actors])
+            lost: set[int] = set()
+            answers: list[asyncio.Future[Result]] = []
+            try:
+                submit = await prepare()
+                answers += [
+                    asyncio.ensure_future(_answer(submit(i, self.actors[i]), timeout))
+                    for i in members
+                ]
+                return (await _together(answers))[0]
+            except (RayActorError, TimeoutError) as error:
+                lost = set(members)
+                dead = [i for i, answer in enumerate(answers) if _died(answer)]
+                for index in members:
+                    if index not in dead:
+                        ray.kill(self.actors[index], no_restart=False)
+                self._rejoin(members)
+                self._note(dead[0] if dead else 0, task, error, timeout, attempt == self.retries)
+            except RayError as error:
+                raise readable(self.name, task, error) from None
+            finally:
+                for index in set(members) - lost:
+                    self._idle.put_nowait(index)
+        raise AssertionError("unreachable")
 
     def kill(self) -> None:
         """End all actors; their results stay, the driver owns them."""
+        for task in self._joining.values():
+            task.cancel()
         for actor in self.actors:
             ray.kill(actor)
+
+    # ---- who is there --------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if not self._joining:
+            self._rejoin(range(len(self.actors)))
+
+    def _rejoin(self, indices: Sequence[int]) -> None:
+        for index in indices:
+            self._present.discard(index)
+            self._joining[index] = asyncio.ensure_future(self._join(index))
+            self._joining[index].add_done_callback(_retrieved)
+
+    async def _join(self, index: int) -> str:
+        """Wait for an actor to start, however long the cluster takes; then it gets work."""
+        try:
+            # Unlike a task, this harmless call may wait for and survive a restart.
+            ref = self.actors[index].ready.options(max_task_retries=-1).remote()
+            answer = await asyncio.wrap_future(ref.future())
+        except RayError as error:
+            found = readable(f"{self.name}-{index}", "start", error)
+            self._errors[index] = found
+            if len(self._errors) == len(self.actors):
+                self._idle.put_nowait(_NOBODY)
+            raise found from None
+        self._present.add(index)
+        self._idle.put_nowait(index)
+        return answer
+
+    async def _free(self, task: str, *, others_work: bool = True) -> int:
+        """The next free actor; `others_work`: those that are not free will be.
+
+        Raises:
+            ActorError: none is left, or none came back in time.
+        """
+        while True:
+            try:
+                index = await asyncio.wait_for(self._idle.get(), self.start_timeout)
+            except TimeoutError:
+                if self._present and others_work:  # and each of their tasks has a deadline
+                    continue
+                raise ActorError(
+                    f"no {self.name} actor came back within {self.start_timeout:.0f} s for {task} "
+                    "(ray.start_timeout_s): is there room on the cluster?"
+                ) from None
+            if index != _NOBODY:
+                return index
+            self._idle.put_nowait(_NOBODY)  # for whoever else waits
+            raise ActorError(
+                f"no {self.name} actor is left for {task}; the last error: "
+                f"{list(self._errors.values())[-1]} (ray.max_restarts)"
+            )
+
+    def _lost(self, index: int, task: str, error: Exception, timeout: float, *, last: bool) -> None:
+        """An actor died or hangs: it may come back, and its task goes elsewhere meanwhile."""
+        if isinstance(error, TimeoutError):
+            ray.kill(self.actors[index], no_restart=False)
+        self._rejoin([index])
+        self._note(index, task, error, timeout, last)
+
+    def _note(self, index: int, task: str, error: Exception, timeout: float, last: bool) -> None:
+        cause = _cause(error, timeout)
+        if last:
+            raise ActorError(
+                f"{self.name}-{index} failed at {task} after {self.retries + 1} tries: {cause}"
+            ) from None
+        log.warning("%s-%d failed at %s (%s); trying again", self.name, index, task, cause)
+        self.restarts += 1
+
+
+async def _answer(refs: Any, timeout: float) -> Result:
+    first, *rest = refs if isinstance(refs, Sequence) else [refs]
+    return await asyncio.wait_for(asyncio.wrap_future(first.future()), timeout), tuple(rest)
+
+
+async def _together(answers: Sequence[asyncio.Future[Result]]) -> list[Result]:
+    """All answers; who lost a peer says so before Ray says who died, and that is the cause."""
+    try:
+        return await asyncio.gather(*answers)
+    except RayTaskError as error:
+        if not isinstance(error.cause, PeerLostError):
+            raise
+        await asyncio.wait(answers, timeout=_SETTLE_S)
+        died = [answer.exception() for answer in answers if _died(answer)]
+        raise (died[0] if died and died[0] else TimeoutError()) from None
+    finally:
+        for answer in answers:
+            answer.cancel()
+
+
+def _died(answer: asyncio.Future[Any]) -> bool:
+    return (
+        answer.done() and not answer.cancelled() and isinstance(answer.exception(), RayActorError)
+    )
+
+
+def _retrieved(task: asyncio.Task[Any]) -> None:
+    """Look at a failure, so that asyncio does not print it: it is kept in `_errors`."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def gather(*jobs: Any) -> list[Any]:

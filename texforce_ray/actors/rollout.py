@@ -6,7 +6,8 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,18 +47,23 @@ class RolloutActor:
         from texforce_ray.diffusion.sampler import Sampler
         from texforce_ray.model.adapter import Adapter
         from texforce_ray.model.backbone import load_config_backbone
+        from texforce_ray.model.flops import matmul_peak, sample_flops
 
         quiet_libraries()
         torch.set_num_threads(config.rollout.num_threads)
         self.config = config
+        d = config.diffusion
         self.backbone = load_config_backbone(config.model, config.rollout.num_gpus)
         self.sampler = Sampler(
             self.backbone,
-            steps=config.diffusion.steps,
-            eta=config.diffusion.eta,
-            guidance_scale=config.diffusion.guidance_scale,
-            storage_dtype=config.diffusion.storage_dtype,
+            steps=d.steps,
+            eta=d.eta,
+            guidance_scale=d.guidance_scale,
+            storage_dtype=d.storage_dtype,
+            decode_batch_size=config.rollout.decode_batch_size,
         )
+        self._sample_flops = sample_flops(self.backbone, d.steps, d.guidance_scale)
+        self._peak_flops = matmul_peak(self.backbone.device, self.backbone.dtype)
         self._adapter: Adapter | None = None
         self._loaded: str | None = None
 
@@ -74,17 +80,23 @@ class RolloutActor:
     ) -> tuple[Info, Trajectory, ImagePayload]:
         """One unit of work under the policy that `policy[0]` refers to."""
         start = time.perf_counter()
-        self._pull(policy)
-        trajectory, images = self.sampler.sample(unit.prompts, unit.seeds, unit.policy_version)
-        return Info(time.perf_counter() - start), trajectory, pack_images(images)
+        with self._policy(policy):
+            trajectory, images = self.sampler.sample(unit.prompts, unit.seeds, unit.policy_version)
+        info = Info(
+            time.perf_counter() - start,
+            flops=float(self._sample_flops * len(unit)),
+            peak_flops=self._peak_flops,
+            trajectory_bytes=trajectory.nbytes,
+        )
+        return info, trajectory, pack_images(images)
 
     def generate(
         self, prompts: Sequence[str], seeds: np.ndarray, policy: Sequence[ObjectRef]
     ) -> tuple[Info, ImagePayload]:
         """Images alone, for evaluation; without a policy, those of the base model."""
         start = time.perf_counter()
-        self._pull(policy)
-        _, images = self.sampler.sample(prompts, seeds, policy_version=0)
+        with self._policy(policy):
+            _, images = self.sampler.sample(prompts, seeds, policy_version=0)
         small = [np.array(Image.fromarray(image).resize(THUMBNAIL)) for image in images]
         return Info(time.perf_counter() - start, np.stack(small)), pack_images(images)
 
@@ -118,12 +130,17 @@ class RolloutActor:
             return None, found[0][1]
         return None, fuse(found)
 
-    def _pull(self, policy: Sequence[ObjectRef]) -> None:
-        """Load the task's policy, if it is not the loaded one: a restarted actor heals itself."""
+    @contextmanager
+    def _policy(self, policy: Sequence[ObjectRef]) -> Iterator[None]:
+        """Within it, the task's policy is loaded; without one, the base model is.
+
+        It stays loaded until a task names another: a restarted actor heals itself.
+        """
         import ray
 
         wanted = policy[0].hex() if policy else None
         if wanted == self._loaded:
+            yield
             return
         self._loaded = "nothing whole"  # if loading fails half-way, the next task loads again
         if wanted is None:
@@ -131,6 +148,7 @@ class RolloutActor:
         else:
             self._load(ray.get(policy[0]))
         self._loaded = wanted
+        yield
 
     def _load(self, snapshot: PolicySnapshot) -> None:
         from texforce_ray.model.adapter import Adapter

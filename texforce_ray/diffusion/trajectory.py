@@ -32,6 +32,12 @@ class Trajectory:
     def __len__(self) -> int:
         return len(self.latents)
 
+    @property
+    def nbytes(self) -> int:
+        """Size of its arrays."""
+        arrays = (*self.prompt_ids, self.latents, self.timesteps, self.log_probs, self.seeds)
+        return sum(array.nbytes for array in arrays)
+
 
 def concatenate(trajectories: Sequence[Trajectory]) -> Trajectory:
     """Join batches in order.

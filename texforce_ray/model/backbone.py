@@ -305,7 +305,7 @@ def load_config_backbone(model: ModelConfig, num_gpus: float) -> Backbone:
         # TF32's ten bits would make sampler and learner disagree by more than PPO's clip range.
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
-    return load_backbone(
+    backbone = load_backbone(
         model.path,
         dtype=model.dtype,
         device=device,
@@ -314,3 +314,6 @@ def load_config_backbone(model: ModelConfig, num_gpus: float) -> Backbone:
         unet=model.unet,
         unet_adapters=model.unet_adapters,
     )
+    if model.compile:
+        backbone.unet.compile()
+    return backbone

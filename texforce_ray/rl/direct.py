@@ -45,38 +45,46 @@ class DirectLearner(Trainer):
 
     def update(self, batch: UpdateBatch, behaviour: PolicySnapshot | None = None) -> dict:
         del behaviour  # the gradient is that of the current policy, whoever drew the start
-        scores: list[Tensor] = []
+        sums: list[list[list[float]]] = []
         norms: list[float] = []
         for epoch in range(self.config.ppo.epochs):
             for rows in self._minibatches(batch, epoch):
-                norms.append(self._step(batch, rows, scores))
+                sums.append([])
+                norms.append(self._step(batch, rows, sums[-1]))
         self.version += 1
-        trained = torch.cat(scores) if scores else torch.zeros(1)
+        # Count, sum and sum of squares of the scores, of every shard of every minibatch.
+        count, total, squares = sum(self._gathered(shards).sum(axis=0) for shards in sums)
+        mean = total / max(1.0, count)
         return {
-            "direct/reward": float(trained.mean()),
-            "direct/reward_std": float(trained.std(correction=0)),
+            "direct/reward": mean,
+            "direct/reward_std": max(0.0, squares / max(1.0, count) - mean**2) ** 0.5,
             "learner/grad_norm": float(np.mean(norms)),
             **self._rates(),
         }
 
-    def _step(self, batch: UpdateBatch, rows: np.ndarray, scores: list[Tensor]) -> float:
-        """One optimizer update on the samples `rows`."""
+    def _step(self, batch: UpdateBatch, rows: np.ndarray, sums: list[list[float]]) -> float:
+        """One optimizer update on the samples `rows`; adds a row to `sums` for each own shard."""
         valid = int(batch.mask[rows].sum())
         first = first_step(self.direct, len(self.table.timesteps), self.config.seed, self.updates)
-        gradient = self._no_gradient()
-        for kept in self._shards(batch, rows):
+        parts = []
+        for shard in self._shards(rows):
+            gradient, row = [torch.zeros_like(p) for p in self.parameters], np.zeros(3)
+            kept = shard[batch.mask[shard]] - batch.first
             for chunk in _chunks(kept, self.config.learner.microbatch_size):
                 with torch.enable_grad():
                     images = self.images(batch.trajectory, chunk, first)
                     prompts = [batch.trajectory.prompts[row] for row in chunk]
                     score = self.reward(images, prompts)
-                    scores.append(score.detach().cpu())
-                    parts = torch.autograd.grad(
+                    found = torch.autograd.grad(
                         -score.sum() / valid, self.parameters, allow_unused=True
                     )
-                pairs = zip(gradient, parts, strict=True)
+                scores = score.detach().double()
+                row += len(scores), float(scores.sum()), float(scores.square().sum())
+                pairs = zip(gradient, found, strict=True)
                 gradient = [g if part is None else g + part for g, part in pairs]
-        return self._apply(gradient)
+            parts.append(gradient)
+            sums.append(row.tolist())
+        return self._apply(self._gradient(parts))
 
     def images(self, trajectory: Trajectory, rows: np.ndarray, first: int) -> Tensor:
         """Images of samples `rows` under the current policy, given their latents at step `first`.

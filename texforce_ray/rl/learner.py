@@ -31,6 +31,8 @@ class Learner(Trainer):
 
     def __init__(self, backbone: Backbone, config: Config) -> None:
         super().__init__(backbone, config)
+        if config.learner.gradient_checkpointing:
+            backbone.unet.enable_gradient_checkpointing()
         self.likelihood = Likelihood(
             backbone,
             self.table,
@@ -43,12 +45,11 @@ class Learner(Trainer):
         steps = randomness.trained_steps(
             config.seed,
             self.version,
-            len(batch.trajectory),
+            len(batch),
             self._trainable_steps(),
             config.trained_timesteps,
         )
-        parts = self._minibatches(batch, epoch=0)
-        error = self._ratio_error(batch, Pairs.of(parts[0], steps), behaviour)
+        error = self._ratio_error(batch, self._minibatches(batch, epoch=0)[0], steps, behaviour)
         if not error <= config.max_ratio_error:
             raise NumericsError(
                 f"learner and sampler disagree: |ratio - 1| = {error:.2e} on the first pass of "
@@ -60,12 +61,16 @@ class Learner(Trainer):
         weight = torch.ones_like(anchor)
         if config.decoupled:
             anchor, weight = self._proximal(batch, steps, anchor)
-        totals = _Totals()
-        for epoch in range(config.ppo.epochs):
-            for rows in self._minibatches(batch, epoch):
-                self._step(batch, rows, steps, anchor, weight, totals)
+        totals = [_Totals() for _ in self._shards(np.arange(len(batch)))]
+        norms = [
+            self._step(batch, rows, steps, anchor, weight, totals)
+            for epoch in range(config.ppo.epochs)
+            for rows in self._minibatches(batch, epoch)
+        ]
         self.version += 1
-        return totals.metrics() | {
+        return {
+            **_mean_metrics(self._gathered([shard.row() for shard in totals])),
+            "learner/grad_norm": float(np.mean(norms)),
             "ppo/ratio_error_first_pass": error,
             **self._rates(),
         }
@@ -76,23 +81,34 @@ class Learner(Trainer):
         return steps[: self.config.trained_timesteps] if first else steps
 
     def _ratio_error(
-        self, batch: UpdateBatch, pairs: Pairs, behaviour: PolicySnapshot | None
+        self,
+        batch: UpdateBatch,
+        rows: np.ndarray,
+        steps: np.ndarray,
+        behaviour: PolicySnapshot | None,
     ) -> float:
+        """Largest |r - 1| on samples `rows`, with the weights that sampled them."""
         own = self.adapter.snapshot(self.version)
         if behaviour is not None:
             self.adapter.load(behaviour)
-        log_probs = self.likelihood.log_probs(batch.trajectory, pairs)
+        errors = []
+        for shard in self._shards(rows):
+            pairs = Pairs.of(shard, steps, batch.first)
+            log_probs = self.likelihood.log_probs(batch.trajectory, pairs).cpu()
+            errors.append([ppo.ratio_error(log_probs, _stored(batch.trajectory, pairs))])
         if behaviour is not None:
             self.adapter.load(own)
-        return ppo.ratio_error(log_probs.cpu(), _stored(batch.trajectory, pairs))
+        return float(self._gathered(errors).max())
 
     def _proximal(
         self, batch: UpdateBatch, steps: np.ndarray, stored: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the current policy, and decoupled PPO's weights: [N, T] each."""
+        """Log-probabilities of the current policy, and decoupled PPO's weights: [n, T] each."""
         anchor = stored.clone()
-        pairs = Pairs.of(np.arange(len(batch.trajectory)), steps)
-        anchor[pairs.sample, pairs.step] = self.likelihood.log_probs(batch.trajectory, pairs).cpu()
+        for shard in self._shards(np.arange(len(batch))):
+            pairs = Pairs.of(shard, steps, batch.first)
+            found = self.likelihood.log_probs(batch.trajectory, pairs).cpu()
+            anchor[pairs.sample, pairs.step] = found
         return anchor, ppo.behaviour_weight(anchor, stored, self.config.ppo.behaviour_cap)
 
     def _step(
@@ -102,16 +118,19 @@ class Learner(Trainer):
         steps: np.ndarray,
         anchor: Tensor,
         weight: Tensor,
-        totals: _Totals,
-    ) -> None:
-        """One optimizer update on the samples `rows`."""
+        totals: Sequence[_Totals],
+    ) -> float:
+        """One optimizer update on the samples `rows`; returns the gradient's norm."""
         valid = int(batch.mask[rows].sum()) * steps.shape[1]
-        gradient = self._no_gradient()
-        for kept in self._shards(batch, rows):
-            pairs = Pairs.of(kept, steps)
-            parts = self._shard_gradient(batch, pairs, anchor, weight, valid, totals)
-            gradient = [g + part for g, part in zip(gradient, parts, strict=True)]
-        totals.grad_norms.append(self._apply(gradient))
+        parts: list[list[Tensor] | None] = []
+        for shard, total in zip(self._shards(rows), totals, strict=True):
+            kept = shard[batch.mask[shard]]
+            pairs = Pairs.of(kept, steps, batch.first)
+            found = None
+            if len(kept):
+                found = self._shard_gradient(batch, pairs, anchor, weight, valid, total)
+            parts.append(found)
+        return self._apply(self._gradient(parts))
 
     def _shard_gradient(
         self,
@@ -140,19 +159,20 @@ class Learner(Trainer):
                 result = ppo.clipped_loss(
                     log_prob,
                     anchor[index].to(device),
-                    torch.from_numpy(batch.advantages[part.sample]).float().to(device),
+                    torch.from_numpy(batch.advantages[part.sample + batch.first])
+                    .float()
+                    .to(device),
                     self.config.ppo.clip_range,
                     weight[index].to(device) if self.config.decoupled else None,
                 )
-                loss = result.loss.sum()
+                loss, kl = result.loss.sum(), None
                 if reference is not None:
                     with torch.no_grad(), self.adapter.disabled():
                         base, _ = self.likelihood.mean(trajectory, part, reference, where)
                     kl = ddim.step_kl(self.table, step, mean, base)
                     loss = loss + self.config.ppo.kl_weight * kl.sum()
-                    totals.kl_base = (totals.kl_base or 0.0) + float(kl.detach().sum())
                 (loss / valid).backward()
-                totals.add(result)
+                totals.add(result, kl)
             through = [
                 (out, cut.grad)
                 for out, cut in zip(prepared.tensors(), leaf.tensors(), strict=True)
@@ -187,29 +207,31 @@ def _stored(trajectory: Trajectory, pairs: Pairs) -> Tensor:
     return torch.from_numpy(trajectory.log_probs[pairs.sample, pairs.step])
 
 
+_METRICS = ("ppo/loss", "ppo/approx_kl", "ppo/clipfrac", "ppo/ratio", "ppo/kl_base")
+
+
 class _Totals:
-    """Sums over all trained pairs of an iteration."""
+    """Sums over the pairs of one shard that an iteration trained on."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.sums = {"ppo/loss": 0.0, "ppo/approx_kl": 0.0, "ppo/clipfrac": 0.0, "ppo/ratio": 0.0}
-        self.kl_base: float | None = None  # unless it is computed
-        self.grad_norms: list[float] = []
+        self.sums = [0.0] * len(_METRICS)
 
-    def add(self, result: ppo.PpoLoss) -> None:
+    def add(self, result: ppo.PpoLoss, kl_base: Tensor | None) -> None:
         self.count += len(result.ratio)
         columns = (result.loss.detach(), result.approx_kl, result.clipped, result.ratio)
-        for name, values in zip(self.sums, columns, strict=True):
-            self.sums[name] += float(values.sum())
+        for index, values in enumerate(columns):
+            self.sums[index] += float(values.sum())
+        # NaN, and so left out of the metrics, unless it is computed.
+        self.sums[-1] += float("nan") if kl_base is None else float(kl_base.detach().sum())
 
-    def metrics(self) -> dict:
-        count = max(1, self.count)
-        kl = {} if self.kl_base is None else {"ppo/kl_base": self.kl_base / count}
-        return (
-            {name: value / count for name, value in self.sums.items()}
-            | kl
-            | {
-                "ppo/trained_pairs": self.count,
-                "learner/grad_norm": float(np.mean(self.grad_norms)),
-            }
-        )
+    def row(self) -> list[float]:
+        return [float(self.count), *self.sums]
+
+
+def _mean_metrics(rows: np.ndarray) -> dict:
+    """Means over all pairs of all shards, given their counts and sums: float64 [S, 1 + M]."""
+    count, *sums = rows.sum(axis=0)
+    means = {name: float(s / max(1.0, count)) for name, s in zip(_METRICS, sums, strict=True)}
+    known = {name: value for name, value in means.items() if not np.isnan(value)}
+    return known | {"ppo/trained_pairs": int(count)}

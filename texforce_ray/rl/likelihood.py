@@ -20,15 +20,17 @@ from texforce_ray.model.backbone import Backbone, Conditioning, Prepared
 
 @dataclass(frozen=True)
 class Pairs:
-    """(sample, step) pairs, sample-major: int64 [P] each."""
+    """(sample, step) pairs, sample-major, equally many of each sample: int64 [P] each."""
 
     sample: np.ndarray
     step: np.ndarray
+    per_sample: int = 1
 
     @staticmethod
-    def of(rows: np.ndarray, steps: np.ndarray) -> Pairs:
+    def of(rows: np.ndarray, steps: np.ndarray, first: int = 0) -> Pairs:
         """The pairs of samples `rows` (int64 [R]); steps: int64 [N, K], those of each sample."""
-        return Pairs(np.repeat(rows, steps.shape[1]), steps[rows].reshape(-1))
+        count = steps.shape[1]
+        return Pairs(np.repeat(rows - first, count), steps[rows].reshape(-1), count)
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -37,7 +39,11 @@ class Pairs:
         return Pairs(self.sample[index], self.step[index])
 
     def chunks(self, size: int) -> Iterator[slice]:
-        """Consecutive parts of at most `size` pairs."""
+        """Consecutive parts of at most `size` pairs; of whole samples, if one fits.
+
+        Pairs of one sample share a prompt, which attention makes use of: see `model.attention`.
+        """
+        size = max(size - size % self.per_sample, min(size, self.per_sample))
         for first in range(0, len(self), size):
             yield slice(first, min(first + size, len(self)))
 

@@ -22,15 +22,24 @@ from texforce_ray.errors import NumericsError
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.backbone import Backbone
 from texforce_ray.model.snapshot import TEXT_ENCODERS, UNET, LearnerState, LoraShape, PolicySnapshot
+from texforce_ray.rl.group import Alone
 
 
 @dataclass(frozen=True)
 class UpdateBatch:
-    """One iteration's data: N trajectories, float64 [N] advantages, bool [N] mask (True: use)."""
+    """One iteration's data: float64 [N] advantages, bool [N] mask (True: use), trajectories.
+
+    Of several learners, each has the trajectories of its own shards only: those of the samples
+    from `first` on. Samples are numbered from 0 to N - 1 all the same.
+    """
 
     trajectory: Trajectory
     advantages: np.ndarray
     mask: np.ndarray
+    first: int = 0
+
+    def __len__(self) -> int:
+        return len(self.mask)
 
 
 class Trainer(ABC):
@@ -38,6 +47,7 @@ class Trainer(ABC):
 
     def __init__(self, backbone: Backbone, config: Config) -> None:
         self.backbone, self.config = backbone, config
+        self.group: Alone = Alone()
         self.table = ddim.step_table(
             backbone.scheduler, config.diffusion.steps, config.diffusion.eta
         ).to(backbone.device)
@@ -130,21 +140,40 @@ class Trainer(ABC):
     def _minibatches(self, batch: UpdateBatch, epoch: int) -> list[np.ndarray]:
         config = self.config
         return randomness.minibatches(
-            config.seed, self.version, epoch, len(batch.trajectory), config.ppo.num_minibatches
+            config.seed,
+            self.version,
+            epoch,
+            len(batch),
+            config.ppo.num_minibatches,
+            config.learner.gradient_shards,
         )
 
-    def _shards(self, batch: UpdateBatch, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """Samples to train on in fixed parts of a minibatch, in fixed order.
+    def _shards(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The parts of `rows` (of a minibatch, or of all samples) that this learner computes.
 
-        Whoever computes the parts' gradients, their sum rounds alike.
+        Whoever computes the parts' gradients, their sum rounds alike: parts and order are fixed.
         """
-        for shard in np.split(rows, self.config.learner.gradient_shards):
-            kept = shard[batch.mask[shard]]
-            if len(kept):
-                yield kept
+        shards = np.split(rows, self.config.learner.gradient_shards)
+        own = len(shards) // self.group.size
+        return shards[self.group.rank * own : (self.group.rank + 1) * own]
 
-    def _no_gradient(self) -> list[Tensor]:
-        return [torch.zeros_like(p) for p in self.parameters]
+    def _gradient(self, parts: Sequence[Sequence[Tensor] | None]) -> list[Tensor]:
+        """The sum over all learners' shards, in order; None where all of a shard was masked."""
+        nothing = [torch.zeros_like(p) for p in self.parameters]
+        own = torch.stack([torch.cat([t.reshape(-1) for t in part or nothing]) for part in parts])
+        total = torch.zeros_like(own[0])
+        for shard in self.group.gather(own):
+            total += shard
+        sizes = [p.numel() for p in self.parameters]
+        pieces = zip(total.split(sizes), self.parameters, strict=True)
+        return [piece.view_as(p) for piece, p in pieces]
+
+    def _gathered(self, own: Sequence[Sequence[float]]) -> np.ndarray:
+        """One row of numbers for each own shard, to those of all shards: float64 [S, M]."""
+        device = self.backbone.device
+        return (
+            self.group.gather(torch.tensor(own, dtype=torch.float64, device=device)).cpu().numpy()
+        )
 
     def _apply(self, gradient: Sequence[Tensor]) -> float:
         """One optimizer update; returns the gradient's norm before it is clipped."""

@@ -1,0 +1,81 @@
+"""Model FLOPs of a sample and of a trained pair, and the device's measured peak."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from texforce_ray.model.backbone import Backbone
+
+_TRIES = 12
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    (batch, heads, length, size), keys, width = query, key[2], value[3]
+    return 2 * batch * heads * length * keys * (size + width)
+
+
+def _attention_backward(_: Any, *shapes: Any, **__: Any) -> int:
+    # As PyTorch counts it elsewhere: five products for the forward pass's two.
+    return _attention(*shapes) * 5 // 2
+
+
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def count_flops(function: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products and convolutions in a call."""
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        function()
+    return int(counter.get_total_flops())
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of this process's best large matrix product: what a utilisation is a share of."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+
+    def seconds() -> float:
+        began = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    return 2 * n**3 / min(seconds() for _ in range(_TRIES))
+
+
+def sample_flops(backbone: Backbone, steps: int, guidance_scale: float) -> int:
+    """Of one sampled image: all its passes through the U-Net, and the decoder."""
+    passes = steps * (2 if guidance_scale > 1 else 1)
+    x, timestep, given = _one(backbone)
+    with torch.no_grad():
+        unet = count_flops(lambda: backbone.predict(x, timestep, given))
+        return passes * unet + count_flops(lambda: backbone.decode(x))
+
+
+def pair_flops(backbone: Backbone, guidance_scale: float) -> int:
+    """Of one (sample, timestep) pair of an update: a pass through the U-Net, and back."""
+    x, timestep, given = _one(backbone)
+    with torch.enable_grad():
+        prepared = backbone.prepare(given)
+        leaf = prepared.map(lambda t: t.detach().requires_grad_(t.is_floating_point()))
+        rows = np.zeros(1, dtype=np.int64)
+        forward = count_flops(lambda: backbone.predict_prepared(x, timestep, leaf, rows))
+        out = backbone.predict_prepared(x, timestep, leaf, rows)
+        backward = count_flops(lambda: torch.autograd.grad(out.float().sum(), leaf.keys_values))
+    return (forward + backward) * (2 if guidance_scale > 1 else 1)
+
+
+def _one(backbone: Backbone) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    x = torch.zeros(1, *backbone.latent_shape, device=backbone.device)
+    with torch.no_grad():
+        return x, torch.zeros(1, dtype=torch.long, device=x.device), backbone.encode_empty()
