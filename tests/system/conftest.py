@@ -20,6 +20,7 @@ SMOKE = (
     "checkpoint.keep_last=10",
     "rewards=[{name: shapes}, {name: jpeg_incompressibility, weight: 0.0}]",
     "eval.every=3",
+    "learner.gradient_shards=2",
 )
 
 

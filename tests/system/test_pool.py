@@ -15,7 +15,7 @@ import ray
 from texforce_ray.actors.messages import pack_images
 from texforce_ray.actors.pool import ActorPool
 from texforce_ray.actors.reward import RewardServer
-from texforce_ray.errors import ActorError, ConfigError, RewardError
+from texforce_ray.errors import ActorError, ConfigError, PeerLostError, RewardError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -104,6 +104,78 @@ def test_a_hanging_actor_is_killed_and_its_task_done_again(tmp_path: Any) -> Non
     workers = pool()
     assert run(workers, "hang_once", str(tmp_path / "hung"), timeout=2) == 8
     assert workers.restarts == 1
+
+
+def test_work_goes_on_while_a_killed_actor_comes_back(tmp_path: Any) -> None:
+    async def go() -> None:
+        workers = pool(2)
+        await workers.ready(30)
+        ray.kill(workers.actors[0], no_restart=False)
+        began = time.monotonic()
+        jobs = [
+            workers.run("work", lambda a, i=i: a.work.options(num_returns=2).remote(i), 30)
+            for i in range(6)
+        ]
+        assert [value for value, _ in await asyncio.gather(*jobs)] == list(range(6))
+        assert time.monotonic() - began < 20
+        workers.kill()
+
+    asyncio.run(go())
+
+
+def test_actors_without_room_join_when_there_is_some() -> None:
+    async def go() -> None:
+        actor = ray.remote(Worker)
+        first = actor.options(num_cpus=0).remote()
+        blocker = actor.options(num_cpus=2).remote()
+        await blocker.ready.remote()
+        late = actor.options(num_cpus=2).remote()  # there are two CPUs, both are taken
+        workers = ActorPool("worker", [first, late], retries=0)
+        assert await workers.ready(30, at_least=1) == ["worker-0"]
+        await workers.run("work", lambda a: a.work.options(num_returns=2).remote(1), 30)
+        ray.kill(blocker)
+        assert await workers.ready(30) == ["worker-0", "worker-1"]
+        workers.kill()
+
+    asyncio.run(go())
+
+
+class Member(Worker):
+    def together(self, rank: int, marker: str) -> tuple[int, int]:
+        if rank == 1 and not os.path.exists(marker):
+            open(marker, "w").close()
+            os._exit(1)
+        return rank, rank * 10
+
+    def with_a_peer(self, rank: int, marker: str) -> tuple[int, int]:
+        """As a learner does whose peer dies: it says so, before Ray says who died."""
+        if rank == 1 and not os.path.exists(marker):
+            time.sleep(1)
+        if rank == 0 and not os.path.exists(marker):
+            raise PeerLostError("the connection was closed")
+        return self.together(rank, marker)
+
+
+@pytest.mark.parametrize("method", ["together", "with_a_peer"])
+def test_who_works_together_starts_again_together(tmp_path: Any, method: str) -> None:
+    async def go() -> None:
+        actor = ray.remote(Member).options(num_cpus=0, max_restarts=3)
+        workers = ActorPool("learner", [actor.remote() for _ in range(3)], retries=2)
+        tries: list[int] = []
+
+        async def prepare() -> Any:
+            tries.append(len(tries))
+            return lambda rank, a: (
+                getattr(a, method).options(num_returns=2).remote(rank, str(tmp_path / "died"))
+            )
+
+        value, (rest,) = await workers.run_together("an update", prepare, 30)
+        assert (value, await rest) == (0, 0)
+        assert tries == [0, 1]
+        assert workers.restarts == 1
+        workers.kill()
+
+    asyncio.run(go())
 
 
 def test_an_error_names_actor_task_and_cause() -> None:

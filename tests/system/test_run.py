@@ -53,25 +53,26 @@ def test_staleness_follows_the_config_alone(plain: Finished, pipelined: Finished
     assert [m["staleness"] for m in pipelined.metrics] == [0, 1, 1]
 
 
-SHARDS = (
-    "prompts.samples_per_prompt=8",
-    "learner.gradient_shards=4",
-    "learner.num_threads=1",
-    "max_staleness=1",
-)
-
-
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_learners_give_the_bits_of_one(
-    sharded: Finished, tmp_path: Path, count: int
-) -> None:
-    several = run(tmp_path / "run", *SHARDS, f"learner.num_workers={count}", "learner.num_cpus=0.1")
-    assert several.samples() == sharded.samples()
-    assert several.adapter() == sharded.adapter()
-    for one, other in zip(sharded.metrics, several.metrics, strict=True):
-        names = [name for name in one if name.startswith(("ppo/", "learner/"))]
+def _assert_same_training(one: Finished, other: Finished) -> None:
+    assert one.samples() == other.samples()
+    assert one.adapter() == other.adapter()
+    for line, its in zip(one.metrics, other.metrics, strict=True):
+        names = [name for name in line if name.startswith(("ppo/", "learner/"))]
         assert len(names) >= 6
-        assert {n: one[n] for n in names} == {n: other[n] for n in names}
+        assert {n: line[n] for n in names} == {n: its[n] for n in names}
+
+
+def test_two_learners_give_the_bits_of_one(plain: Finished, tmp_path: Path) -> None:
+    two = run(tmp_path / "run", "learner.num_workers=2", "learner.num_cpus=0.25")
+    _assert_same_training(plain, two)
+
+
+@pytest.mark.slow
+def test_four_learners_give_the_bits_of_one(tmp_path: Path) -> None:
+    work = ("prompts.samples_per_prompt=8", "learner.gradient_shards=4", "max_staleness=1")
+    one = run(tmp_path / "one", *work)
+    four = run(tmp_path / "four", *work, "learner.num_workers=4", "learner.num_cpus=0.1")
+    _assert_same_training(one, four)
 
 
 def test_rollout_and_learner_in_one_actor_give_the_same_bits(
@@ -80,11 +81,6 @@ def test_rollout_and_learner_in_one_actor_give_the_same_bits(
     shared = run(tmp_path / "run", "learner.colocated=true", "model.device=cpu")
     assert shared.samples() == plain.samples()
     assert shared.adapter() == plain.adapter()
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return run(tmp_path_factory.mktemp("sharded") / "run", *SHARDS)
 
 
 def test_three_rollout_actors_give_the_bits_of_one(plain: Finished, tmp_path: Path) -> None:

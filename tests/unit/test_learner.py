@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from texforce_ray.diffusion import ddim
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.diffusion.trajectory import Trajectory
 from texforce_ray.errors import NumericsError
-from texforce_ray.model.backbone import Backbone
+from texforce_ray.model.backbone import Backbone, load_backbone
 from texforce_ray.rl import ppo
 from texforce_ray.rl.learner import Learner, _mean_metrics, _Totals
 from texforce_ray.rl.likelihood import Pairs
@@ -463,3 +464,35 @@ def test_clipped_share_uses_the_configured_range(trained: Callable) -> None:
     assert "ppo/kl_base" not in metrics
     assert metrics["ppo/clipfrac"] == pytest.approx(float(expected.clipped.mean()))
     assert metrics["ppo/approx_kl"] == pytest.approx(float(expected.approx_kl.mean()), rel=1e-6)
+
+
+# ---- what changes nothing ----------------------------------------------------------------
+
+
+def test_checkpointed_activations_give_the_same_gradient(trained: Callable) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        learner, batch = trained(learner={"gradient_checkpointing": checkpointing})
+        assert learner.backbone.unet.is_gradient_checkpointing is checkpointing
+        gradients.append(_gradient(learner, batch, ALL_STEPS))
+    _assert_close(*gradients, 0.0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_networks_agree_with_themselves(tiny_pipeline: Path, dtype: str) -> None:
+    config = _config(model={"dtype": dtype}, ppo={"clip_range": 1e-4})
+    learner = Learner(load_backbone(str(tiny_pipeline), dtype=dtype), config)
+    assert all(p.dtype == torch.float32 for p in learner.parameters)
+    error = learner.update(_batch(_sample(learner)))["ppo/ratio_error_first_pass"]
+    assert error <= 1e-5  # an order of magnitude inside the clip range
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_compiled_unet_agrees_with_itself(tiny_backbone: Load) -> None:
+    backbone = tiny_backbone()
+    backbone.unet.compile()
+    learner = Learner(backbone, _config(learner={"microbatch_size": 12}))
+    for _ in range(2):
+        metrics = learner.update(_batch(_sample(learner)))
+        assert metrics["ppo/ratio_error_first_pass"] <= 1e-5
