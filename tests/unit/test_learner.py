@@ -33,6 +33,7 @@ SEEDS = np.array([3, 1, 4, 2**61])
 ADVANTAGES = np.array([1.0, -0.5, 0.7, -2.0])
 EVERYONE = np.ones(4, dtype=bool)
 STEPS = 4
+CPU = torch.device("cpu")
 
 
 def _config(**sections: Any) -> Config:
@@ -111,8 +112,10 @@ def _gradient(learner: Learner, batch: UpdateBatch, steps: np.ndarray) -> list[T
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.utils, "clip_grad_norm_", capture)
-        totals = [_Totals() for _ in range(learner.config.learner.gradient_shards)]
-        learner._step(batch, np.arange(len(PROMPTS)), steps, *_anchor(batch), totals)
+        totals = [_Totals(CPU) for _ in range(learner.config.learner.gradient_shards)]
+        rows = np.arange(len(PROMPTS))
+        gradient = learner._minibatch_gradient(batch, rows, steps, *_anchor(batch), totals)
+        learner._apply(gradient)
     return captured
 
 
@@ -241,10 +244,10 @@ def test_decoupled_weights_reach_the_gradient(trained: Callable) -> None:
     assert (weight == 1.001).any()
     assert (weight < 1.001).any()
     # At the proximal policy the ratio is 1: the gradient is that of -w A log pi.
-    ours = learner._shard_gradient(batch, pairs, anchor, weight, len(pairs), _Totals())
+    ours = learner._shard_gradient(batch, pairs, anchor, weight, len(pairs), _Totals(CPU))
     scaled = replace(batch, advantages=np.ones(4))
     by_weight = torch.from_numpy(ADVANTAGES)[:, None] * weight
-    expected = learner._shard_gradient(scaled, pairs, anchor, by_weight, len(pairs), _Totals())
+    expected = learner._shard_gradient(scaled, pairs, anchor, by_weight, len(pairs), _Totals(CPU))
     _assert_close(ours, expected, 1e-9)
 
 
@@ -393,7 +396,7 @@ def test_kl_is_zero_at_the_base_and_pulls_towards_it(
 
 def test_kl_equals_the_divergence_of_the_two_policies(trained: Callable) -> None:
     learner, batch = trained(ppo={"kl_weight": 0.5, "clip_range": 0.9})
-    pairs, totals = Pairs.of(np.arange(4), ALL_STEPS), _Totals()
+    pairs, totals = Pairs.of(np.arange(4), ALL_STEPS), _Totals(CPU)
     learner._shard_gradient(batch, pairs, *_anchor(batch), len(pairs), totals)
 
     def means() -> Tensor:
@@ -407,7 +410,7 @@ def test_kl_equals_the_divergence_of_the_two_policies(trained: Callable) -> None
             base = means()
     sigma = learner.table.sigma[torch.from_numpy(pairs.step)].double()[:, None, None, None]
     expected = ((tuned - base) ** 2 / (2 * sigma**2)).mean(dim=(1, 2, 3)).sum()
-    assert totals.sums[-1] == pytest.approx(float(expected), rel=1e-9)
+    assert totals.row()[-1] == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_average_follows_the_adapter_and_is_what_is_evaluated(tiny_backbone: Load) -> None:
@@ -455,7 +458,7 @@ def test_learning_rate_warms_up_and_decays_to_zero() -> None:
 
 def test_clipped_share_uses_the_configured_range(trained: Callable) -> None:
     learner, batch = trained(ppo={"clip_range": 0.9})
-    pairs, totals = Pairs.of(np.arange(4), ALL_STEPS), _Totals()
+    pairs, totals = Pairs.of(np.arange(4), ALL_STEPS), _Totals(CPU)
     learner._shard_gradient(batch, pairs, *_anchor(batch), len(pairs), totals)
     current = learner.likelihood.log_probs(batch.trajectory, pairs)
     stored = _anchor(batch)[0][pairs.sample, pairs.step]

@@ -49,24 +49,30 @@ class Learner(Trainer):
             self._trainable_steps(),
             config.trained_timesteps,
         )
-        error = self._ratio_error(batch, self._minibatches(batch, epoch=0)[0], steps, behaviour)
-        if not error <= config.max_ratio_error:
-            raise NumericsError(
-                f"learner and sampler disagree: |ratio - 1| = {error:.2e} on the first pass of "
-                f"iteration {self.version}, allowed is {config.max_ratio_error:.0e} "
-                "(ppo.max_ratio_error). Use float32 for model.dtype and diffusion.storage_dtype, "
-                "or set ppo.decoupled=always and a larger bound"
-            )
         anchor = torch.from_numpy(np.array(batch.trajectory.log_probs))
         weight = torch.ones_like(anchor)
+        first = self._minibatches(batch, epoch=0)[0]
+        error: float | None = None
+        if behaviour is not None:
+            error = self._ratio_error(batch, first, steps, behaviour)
         if config.decoupled:
-            anchor, weight = self._proximal(batch, steps, anchor)
-        totals = [_Totals() for _ in self._shards(np.arange(len(batch)))]
-        norms = [
-            self._step(batch, rows, steps, anchor, weight, totals)
-            for epoch in range(config.ppo.epochs)
-            for rows in self._minibatches(batch, epoch)
-        ]
+            stored = anchor
+            anchor, weight = self._proximal(batch, steps, stored)
+            if error is None:
+                error = self._largest(ppo.ratio_error(anchor, stored))
+        if error is not None:
+            self._check_agreement(error)
+        totals = [_Totals(self.backbone.device) for _ in self._shards(np.arange(len(batch)))]
+        norms = []
+        for epoch in range(config.ppo.epochs):
+            for rows in self._minibatches(batch, epoch):
+                gradient = self._minibatch_gradient(batch, rows, steps, anchor, weight, totals)
+                if error is None:
+                    # Nothing has changed since these samples were drawn: their first ratios are
+                    # those that have to be 1.
+                    error = self._largest(*(total.ratio_error for total in totals))
+                    self._check_agreement(error)
+                norms.append(self._apply(gradient))
         self.version += 1
         return {
             **_mean_metrics(self._gathered([shard.row() for shard in totals])),
@@ -80,25 +86,33 @@ class Learner(Trainer):
         first = self.config.ppo.timestep_choice == "first"
         return steps[: self.config.trained_timesteps] if first else steps
 
+    def _check_agreement(self, error: float) -> None:
+        allowed = self.config.max_ratio_error
+        if not error <= allowed:
+            raise NumericsError(
+                f"learner and sampler disagree: |ratio - 1| = {error:.2e} on the first pass of "
+                f"iteration {self.version}, allowed is {allowed:.0e} (ppo.max_ratio_error). Use "
+                "float32 for model.dtype and diffusion.storage_dtype, or set ppo.decoupled=always "
+                "and a larger bound"
+            )
+
+    def _largest(self, *errors: float) -> float:
+        """The largest of all learners' numbers."""
+        return float(self._gathered([[error] for error in errors]).max())
+
     def _ratio_error(
-        self,
-        batch: UpdateBatch,
-        rows: np.ndarray,
-        steps: np.ndarray,
-        behaviour: PolicySnapshot | None,
+        self, batch: UpdateBatch, rows: np.ndarray, steps: np.ndarray, behaviour: PolicySnapshot
     ) -> float:
         """Largest |r - 1| on samples `rows`, with the weights that sampled them."""
         own = self.adapter.snapshot(self.version)
-        if behaviour is not None:
-            self.adapter.load(behaviour)
+        self.adapter.load(behaviour)
         errors = []
         for shard in self._shards(rows):
             pairs = Pairs.of(shard, steps, batch.first)
             log_probs = self.likelihood.log_probs(batch.trajectory, pairs).cpu()
-            errors.append([ppo.ratio_error(log_probs, _stored(batch.trajectory, pairs))])
-        if behaviour is not None:
-            self.adapter.load(own)
-        return float(self._gathered(errors).max())
+            errors.append(ppo.ratio_error(log_probs, _stored(batch.trajectory, pairs)))
+        self.adapter.load(own)
+        return self._largest(*errors)
 
     def _proximal(
         self, batch: UpdateBatch, steps: np.ndarray, stored: Tensor
@@ -111,7 +125,7 @@ class Learner(Trainer):
             anchor[pairs.sample, pairs.step] = found
         return anchor, ppo.behaviour_weight(anchor, stored, self.config.ppo.behaviour_cap)
 
-    def _step(
+    def _minibatch_gradient(
         self,
         batch: UpdateBatch,
         rows: np.ndarray,
@@ -119,8 +133,8 @@ class Learner(Trainer):
         anchor: Tensor,
         weight: Tensor,
         totals: Sequence[_Totals],
-    ) -> float:
-        """One optimizer update on the samples `rows`; returns the gradient's norm."""
+    ) -> list[Tensor]:
+        """The gradient of the loss over the samples `rows`, of all learners' shards."""
         valid = int(batch.mask[rows].sum()) * steps.shape[1]
         parts: list[list[Tensor] | None] = []
         for shard, total in zip(self._shards(rows), totals, strict=True):
@@ -130,7 +144,7 @@ class Learner(Trainer):
             if len(kept):
                 found = self._shard_gradient(batch, pairs, anchor, weight, valid, total)
             parts.append(found)
-        return self._apply(self._gradient(parts))
+        return self._gradient(parts)
 
     def _shard_gradient(
         self,
@@ -211,22 +225,32 @@ _METRICS = ("ppo/loss", "ppo/approx_kl", "ppo/clipfrac", "ppo/ratio", "ppo/kl_ba
 
 
 class _Totals:
-    """Sums over the pairs of one shard that an iteration trained on."""
+    """Sums over the pairs of one shard that an iteration trained on.
 
-    def __init__(self) -> None:
+    Kept on the device: to read a number there is to wait for all work before it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.count = 0
-        self.sums = [0.0] * len(_METRICS)
+        self._sums = torch.zeros(len(_METRICS), dtype=torch.float64, device=device)
+        self._error = torch.zeros((), device=device)
 
+    @torch.no_grad()
     def add(self, result: ppo.PpoLoss, kl_base: Tensor | None) -> None:
         self.count += len(result.ratio)
-        columns = (result.loss.detach(), result.approx_kl, result.clipped, result.ratio)
-        for index, values in enumerate(columns):
-            self.sums[index] += float(values.sum())
+        self._error = torch.maximum(self._error, (result.ratio - 1).abs().max())
         # NaN, and so left out of the metrics, unless it is computed.
-        self.sums[-1] += float("nan") if kl_base is None else float(kl_base.detach().sum())
+        kl = torch.full_like(result.ratio, float("nan")) if kl_base is None else kl_base
+        columns = (result.loss, result.approx_kl, result.clipped, result.ratio, kl)
+        self._sums += torch.stack([column.sum() for column in columns]).double()
+
+    @property
+    def ratio_error(self) -> float:
+        """Largest |r - 1| so far."""
+        return float(self._error)
 
     def row(self) -> list[float]:
-        return [float(self.count), *self.sums]
+        return [float(self.count), *self._sums.tolist()]
 
 
 def _mean_metrics(rows: np.ndarray) -> dict:
