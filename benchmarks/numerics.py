@@ -11,11 +11,10 @@ benchmarks/results/numerics.json and numerics.md.
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
 import numpy as np
 import torch
+from common import ROOT, write
 
 from texforce_ray.config_io import load_config
 from texforce_ray.diffusion.sampler import Sampler
@@ -24,8 +23,6 @@ from texforce_ray.rl import ppo
 from texforce_ray.rl.learner import Learner
 from texforce_ray.rl.likelihood import Pairs
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PROMPTS = ("a green circle", "three red squares", "a red circle and a blue square")
 CLIP_RANGE = 1e-4
 
@@ -120,12 +117,8 @@ def main() -> None:
             for r in rows
         ),
     ]
-    RESULTS.mkdir(parents=True, exist_ok=True)
     result = {"device": options.device, "clip_range": CLIP_RANGE, "rows": rows}
-    (RESULTS / "numerics.json").write_text(json.dumps(result, indent=2) + "\n")
-    (RESULTS / "numerics.md").write_text("\n".join(table) + "\n")
-    print("\n".join(table))
-    print(json.dumps(result))
+    write("numerics", result, table)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,10 @@ from texforce_ray.rewards import arguments, resolve
 
 Refs = Sequence[ray.ObjectRef]
 
+# Large tensors come and go with every layer. glibc would give each back to the system and fault its
+# pages in again, which on a CPU can cost more than the layer (docs/performance.md).
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+
 
 def connect(config: Config) -> bool:
     """Join a cluster or start one; True if one was started here.
@@ -299,10 +303,7 @@ def _start(
     settings = {
         "OMP_NUM_THREADS": str(threads),
         "TRANSFORMERS_VERBOSITY": "error",
-        # Large tensors come and go with every layer: memory is kept rather than given back to the
-        # system each time (glibc).
-        "MALLOC_MMAP_THRESHOLD_": str(2**30),
-        "MALLOC_TRIM_THRESHOLD_": str(2**32),
+        **ALLOCATOR,
         "GLOG_minloglevel": "2",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }

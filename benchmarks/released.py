@@ -1,0 +1,292 @@
+"""Ours against the released trainer's order of work: the same gradients, in less time.
+
+    python benchmarks/released.py [--samples 64] [--rounds 2] [--size shapes|tiny|sd15]
+                                  [--device auto] [--no-ray] [key.sub=value ...]
+
+(a) the released schedule (`released_schedule.py`), (b) the plain classes in one process, (c) the
+whole system with two rollout actors and two learners of half the threads each. All in one run: (a)
+and (b) take turns in one process, with the allocator set as in an actor, which helps (a) too.
+
+Utilisation is model FLOPs over this run's best matrix product: of a sample, all passes of its
+rollout, its decoder, and a pass there and back through the U-Net for each trained timestep. What a
+schedule computes beyond that counts against it. Writes benchmarks/results/released.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from common import ROOT, Clock, as_in_an_actor, medians, write
+from released_schedule import ReleasedSchedule
+from torch import Tensor
+
+from texforce_ray import train
+from texforce_ray.config import Config
+from texforce_ray.config_io import load_config
+from texforce_ray.diffusion.sampler import Sampler
+from texforce_ray.diffusion.trajectory import concatenate
+from texforce_ray.model.backbone import load_backbone
+from texforce_ray.model.flops import matmul_peak, pair_flops, sample_flops
+from texforce_ray.records.metrics import read_metrics
+from texforce_ray.rewards import arguments, resolve
+from texforce_ray.rewards.base import load_reward
+from texforce_ray.rl.learner import Learner
+from texforce_ray.rl.trainer import UpdateBatch
+
+SETTINGS = (
+    "diffusion.guidance_scale=5",
+    "ppo.timestep_choice=random",
+    "prompts.per_iteration=4",
+    "prompts.samples_per_prompt=16",
+    "lora.rank=16",
+    "lora.alpha=16",
+)
+FULL = (
+    "diffusion.steps=50",
+    "model.dtype=float16",
+    "ppo.decoupled=never",
+    "rollout.batch_size=16",
+    "learner.microbatch_size=16",
+)
+TINY = ("diffusion.steps=4", "rollout.batch_size=8")
+PROMPTS = ("a green circle", "three red squares", "a red circle and a blue square", "a red circle")
+PHASES = ("rollout", "reward", "learner")
+
+
+class Plain:
+    """An iteration of each schedule, on one learner."""
+
+    def __init__(self, config: Config, device: str) -> None:
+        self.config = config
+        backbone = load_backbone(config.model.path, dtype=config.model.dtype, device=device)
+        self.backbone = backbone
+        self.learner = Learner(backbone, config)
+        self.released = ReleasedSchedule(self.learner)
+        d, reward = config.diffusion, config.rewards[0]
+        self.sampler = Sampler(
+            backbone,
+            steps=d.steps,
+            eta=d.eta,
+            guidance_scale=d.guidance_scale,
+            storage_dtype=d.storage_dtype,
+            decode_batch_size=config.rollout.decode_batch_size,
+        )
+        self.reward = load_reward(
+            resolve(reward.name, reward.target), arguments(reward.name, reward.kwargs)
+        )
+        count = config.samples_per_iteration
+        self.prompts = [PROMPTS[i * len(PROMPTS) // count] for i in range(count)]
+        self.seeds = np.arange(count)
+        rng = np.random.default_rng(0)
+        self.advantages = rng.standard_normal(count)
+        # With B = 0, half of the gradient would be 0: a policy some way from the base.
+        noise = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in self.learner.parameters:
+                p.copy_((torch.randn(p.shape, generator=noise) * 0.02).to(p.device))
+        self.state = self.learner.state()
+
+    def ours(self) -> dict[str, float]:
+        """Seconds of each phase of our iteration."""
+        clock, size = Clock(self.backbone.device), self.config.rollout.batch_size
+        drawn = [
+            self.sampler.sample(self.prompts[i : i + size], self.seeds[i : i + size], 0)
+            for i in range(0, len(self.prompts), size)
+        ]
+        clock.stop("rollout")
+        for trajectory, images in drawn:
+            self.reward.score(images, list(trajectory.prompts), [{}] * len(images))
+        clock.stop("reward")
+        self.learner.update(self._batch([trajectory for trajectory, _ in drawn]))
+        clock.stop("learner")
+        self.learner.load(self.state)
+        self.ours_memory = clock.peak_bytes
+        return clock.seconds
+
+    def baseline(self) -> dict[str, float]:
+        """Seconds of each phase of the released schedule."""
+        clock = Clock(self.backbone.device)
+        trajectory, images = self.released.sample(self.prompts, self.seeds)
+        clock.stop("rollout")
+        for image, prompt in zip(images, self.prompts, strict=True):
+            self.reward.score(image[None], [prompt], [{}])
+        clock.stop("reward")
+        self.released.update(self._batch([trajectory]))
+        clock.stop("learner")
+        self.learner.load(self.state)
+        return clock.seconds
+
+    def gradient_difference(self) -> float:
+        """Largest difference of the first minibatch's gradients, relative to the largest entry."""
+        first, _ = self.released.sample(self.prompts, self.seeds)
+        batch = self._batch([first])
+        steps = np.tile(np.array(self.learner.table.trainable[:2]), (len(self.prompts), 1))
+        rows = self.learner._minibatches(batch, 0)[0]
+        theirs = self.released.gradient(batch, rows, steps)
+        ours = self._our_gradient(batch, rows, steps)
+        largest = max(float(t.abs().max()) for t in theirs)
+        pairs = zip(ours, theirs, strict=True)
+        return max(float((one - other).abs().max()) for one, other in pairs) / largest
+
+    def _our_gradient(
+        self, batch: UpdateBatch, rows: np.ndarray, steps: np.ndarray
+    ) -> list[Tensor]:
+        from texforce_ray.rl.learner import _Totals
+
+        anchor = torch.from_numpy(batch.trajectory.log_probs)
+        totals = [_Totals(self.backbone.device)]
+        return self.learner._minibatch_gradient(
+            batch, rows, steps, anchor, torch.ones_like(anchor), totals
+        )
+
+    def _batch(self, parts: list) -> UpdateBatch:
+        mask = np.ones(len(self.prompts), dtype=bool)
+        return UpdateBatch(concatenate(parts), self.advantages, mask)
+
+
+def through_ray(config: Config, iterations: int) -> dict[str, float]:
+    """Median seconds of the whole system's iterations, after the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = str(Path(folder) / "run")
+        train(config.model_copy(update={"run_dir": run_dir, "iterations": iterations}))
+        lines = read_metrics(Path(run_dir))[1:]
+    return {
+        "rollout": median(m["seconds/rollout_wait"] for m in lines),
+        "learner": median(m["seconds/update"] for m in lines),
+        "total": median(m["seconds/total"] for m in lines),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--samples", type=int, help="of the plain classes; default 64 (tiny: 16)")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--size", choices=("shapes", "tiny", "sd15"), default="shapes")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--no-ray", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_args()
+    as_in_an_actor()
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        config = _config(options, Path(folder))
+        plain = Plain(config, device)
+        dtype = plain.backbone.dtype
+        peaks = [matmul_peak(plain.backbone.device, dtype)]
+        d = config.diffusion
+        flops = sample_flops(plain.backbone, d.steps, d.guidance_scale)
+        flops += config.trained_timesteps * pair_flops(plain.backbone, d.guidance_scale)
+        difference = plain.gradient_difference()
+        ways = {"released": plain.baseline, "ours": plain.ours}
+        seconds = medians(options.rounds, ways)
+        peaks.append(matmul_peak(plain.backbone.device, dtype))
+        rates = {
+            name: {"total": len(plain.prompts) / sum(s.values())}
+            | {phase: len(plain.prompts) / s[phase] for phase in PHASES}
+            for name, s in seconds.items()
+        }
+        if not options.no_ray and device == "cpu" and options.size == "shapes":
+            whole = _system_config(options, threads)
+            found = through_ray(whole, iterations=4)
+            rates["system"] = {
+                phase: whole.samples_per_iteration / value for phase, value in found.items()
+            }
+            peaks.append(matmul_peak(plain.backbone.device, dtype))
+        memory = getattr(plain, "ours_memory", {})
+    peak = max(peaks)
+    table = [
+        "| | samples/s | over released | rollout | reward | learner | share of matmul peak |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    base = rates["released"]
+    names = {
+        "released": "released schedule",
+        "ours": "ours, plain classes",
+        "system": "ours, whole system (2 + 2 actors)",
+    }
+    for name, rate in rates.items():
+        phases = [
+            f"x {rate[phase] / base[phase]:.2f}" if phase in rate else "beside" for phase in PHASES
+        ]
+        table.append(
+            f"| {names[name]} | {rate['total']:.2f} | x {rate['total'] / base['total']:.2f} | "
+            f"{' | '.join(phases)} | {rate['total'] * flops / peak:.1%} |"
+        )
+    table += [
+        "",
+        f"{flops / 1e9:.2f} GFLOP a sample; matrix product {peak / 1e9:.0f} GFLOP/s ({dtype}, "
+        f"{threads} threads, {device}); gradients differ by {difference:.0e} of the largest",
+    ]
+    result = {
+        "size": options.size,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "threads": threads,
+        "samples_per_second": rates,
+        "ratio": {name: rate["total"] / base["total"] for name, rate in rates.items()},
+        "utilisation": {name: rate["total"] * flops / peak for name, rate in rates.items()},
+        "phase_utilisation": _phase_utilisation(plain, rates["ours"], peak),
+        "gradient_difference": difference,
+        "flops_per_sample": flops,
+        "peak_flops": peak,
+        "peak_bytes": memory,
+    }
+    write("released", result, table)
+
+
+def _phase_utilisation(plain: Plain, rate: dict[str, float], peak: float) -> dict[str, float]:
+    config, d = plain.config, plain.config.diffusion
+    rollout = sample_flops(plain.backbone, d.steps, d.guidance_scale)
+    learner = config.trained_timesteps * pair_flops(plain.backbone, d.guidance_scale)
+    return {
+        "rollout": rate["rollout"] * rollout / peak,
+        "learner": rate["learner"] * learner / peak,
+    }
+
+
+def _config(options: argparse.Namespace, folder: Path) -> Config:
+    overrides = [*SETTINGS, *options.overrides]
+    if options.size != "shapes":
+        from full_size import make_pipeline
+
+        make_pipeline(folder, options.size)
+        overrides = [*SETTINGS, *(FULL if options.size == "sd15" else TINY), *options.overrides]
+        overrides.append(f"model.path={folder}")
+    samples = options.samples or (16 if options.size == "tiny" else 64)
+    overrides.append(f"prompts.samples_per_prompt={samples // 4}")
+    if options.size != "sd15" and samples < 32:
+        overrides.append(f"rollout.batch_size={samples // 2}")
+    return load_config(ROOT / "configs" / "shapes.yaml", overrides)
+
+
+def _system_config(options: argparse.Namespace, threads: int) -> Config:
+    """Two rollout actors, then two learners, with half of the threads each."""
+    each = max(1, threads // 2)
+    return load_config(
+        ROOT / "configs" / "shapes.yaml",
+        [
+            *SETTINGS,
+            "prompts.samples_per_prompt=64",
+            "rollout.num_workers=2",
+            f"rollout.num_threads={each}",
+            "rollout.num_cpus=0.5",
+            "learner.num_workers=2",
+            "learner.gradient_shards=2",
+            f"learner.num_threads={each}",
+            "learner.num_cpus=0.25",
+            "eval.every=0",
+            "eval.final_images=0",
+            *options.overrides,
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

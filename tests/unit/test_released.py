@@ -1,0 +1,60 @@
+"""What speed is compared with computes the same: the released order of work, in benchmarks/."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from texforce_ray.config_io import make_config
+from texforce_ray.diffusion.sampler import Sampler
+from texforce_ray.model.backbone import Backbone
+from texforce_ray.rl.learner import Learner, _Totals
+from texforce_ray.rl.trainer import UpdateBatch
+
+BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
+PROMPTS = ["a green circle"] * 3 + ["two red squares"] * 3
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_the_released_order_gives_the_same_samples_and_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_backbone: Callable[[], Backbone],
+    randomize: Callable[..., None],
+    guidance_scale: float,
+) -> None:
+    monkeypatch.setattr(sys, "path", [BENCHMARKS, *sys.path])
+    from released_schedule import ReleasedSchedule
+
+    config = make_config(
+        {
+            "diffusion": {"steps": 4, "guidance_scale": guidance_scale},
+            "prompts": {"per_iteration": 2, "samples_per_prompt": 3},
+            "rollout": {"batch_size": 6},
+            "ppo": {"num_minibatches": 1, "clip_range": 0.5},
+            "lora": {"rank": 2, "alpha": 2.0},
+        }
+    )
+    learner = Learner(tiny_backbone(), config)
+    randomize(learner.adapter, seed=1)
+    released, seeds = ReleasedSchedule(learner), np.arange(6)
+    theirs, images = released.sample(PROMPTS, seeds)
+    sampler = Sampler(learner.backbone, steps=4, eta=1.0, guidance_scale=guidance_scale)
+    ours, _ = sampler.sample(PROMPTS, seeds, 0)
+    np.testing.assert_allclose(ours.latents[:, :2], theirs.latents[:, :2], atol=1e-4)
+    assert images.shape == (6, *images.shape[1:3], 3)
+
+    mask = np.array([True, True, False, True, True, True])
+    batch = UpdateBatch(theirs, np.linspace(-2, 2, 6), mask)
+    rows, steps = np.array([5, 0, 3, 1, 2, 4]), np.array([[0, 2]] * 3 + [[1, 3]] * 3)
+    expected = released.gradient(batch, rows, steps)
+    anchor, totals = torch.from_numpy(theirs.log_probs), [_Totals(torch.device("cpu"))]
+    found = learner._minibatch_gradient(batch, rows, steps, anchor, torch.ones_like(anchor), totals)
+    scale = max(float(t.abs().max()) for t in expected)
+    assert scale > 0
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * scale)
