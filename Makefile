@@ -44,9 +44,8 @@ paper-shapes: setup  ## the paper's experiments on the embedded pipeline: an hou
 paper-page: setup  ## write that page again from the results that are kept
 	@$(PY) -m texforce_ray.experiments shapes --page-only
 
-bench: setup  ## measurements; results in benchmarks/results/
-	@$(PY) benchmarks/overlap.py
-	@$(PY) benchmarks/rewards.py
+bench: setup  ## all measurements: benchmarks/results/bench.md and bench.json
+	@$(PY) benchmarks/run_all.py
 
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf .venv .tools .mypy_cache .ruff_cache .pytest_cache

@@ -42,7 +42,7 @@ def measure(
     )
     backbone = load_backbone("embedded", dtype=dtype, device=device)
     if compiled:
-        backbone.unet.compile()
+        backbone.unet.compile(dynamic=False)
     learner = Learner(backbone, config)
     # A policy some way from the base: with B = 0 the adapter would not be tested.
     rng = torch.Generator().manual_seed(1)

@@ -66,7 +66,9 @@ def main() -> None:
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "rewards.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"one by one takes {ratio:.2f} times as long as batched ({count} images)")
+    text = f"one by one takes {ratio:.2f} times as long as batched ({count} images)"
+    (RESULTS / "rewards.md").write_text(text + "\n")
+    print(text)
     print(json.dumps(result))
 
 

@@ -249,8 +249,10 @@ def _utilisation(batch: ScoredBatch, update: Mapping[str, Any]) -> dict[str, flo
     """Model FLOPs in a second of work, as a share of the device's measured peak."""
     flops = sum(info.flops for info in batch.rollouts)
     possible = sum(info.seconds * info.peak_flops for info in batch.rollouts)
-    size = float(sum(info.trajectory_bytes for info in batch.rollouts))
-    metrics = {"object_store/trajectory_bytes": size}
+    metrics = {
+        "object_store/trajectory_bytes": float(sum(i.trajectory_bytes for i in batch.rollouts)),
+        "object_store/image_bytes": float(sum(info.image_bytes for info in batch.rollouts)),
+    }
     if possible:
         metrics |= {"flops/rollout": flops, "mfu/rollout": flops / possible}
     if update.get("flops"):

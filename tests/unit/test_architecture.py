@@ -23,7 +23,7 @@ LAYERS = [
     ["actors"],
     ["collect", "evaluation", "policy", "recorder"],
     ["driver"],
-    ["run", "evaluate", "fuse", "report", "judge", "rewards.check"],
+    ["run", "evaluate", "fuse", "report", "judge", "capacity", "rewards.check"],
     ["experiments"],
 ]
 

@@ -494,7 +494,7 @@ def test_half_precision_networks_agree_with_themselves(tiny_pipeline: Path, dtyp
 @pytest.mark.timeout(900)
 def test_a_compiled_unet_agrees_with_itself(tiny_backbone: Load) -> None:
     backbone = tiny_backbone()
-    backbone.unet.compile()
+    backbone.unet.compile(dynamic=False)
     learner = Learner(backbone, _config(learner={"microbatch_size": 12}))
     for _ in range(2):
         metrics = learner.update(_batch(_sample(learner)))

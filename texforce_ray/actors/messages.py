@@ -37,6 +37,7 @@ class Info(NamedTuple):
     flops: float = 0.0  # of the model, for these samples
     peak_flops: float = 0.0  # in a second, measured on the actor's device
     trajectory_bytes: int = 0
+    image_bytes: int = 0
 
 
 class Scores(NamedTuple):

@@ -87,6 +87,7 @@ class RolloutActor:
             flops=float(self._sample_flops * len(unit)),
             peak_flops=self._peak_flops,
             trajectory_bytes=trajectory.nbytes,
+            image_bytes=images.nbytes,
         )
         return info, trajectory, pack_images(images)
 

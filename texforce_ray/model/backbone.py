@@ -315,5 +315,6 @@ def load_config_backbone(model: ModelConfig, num_gpus: float) -> Backbone:
         unet_adapters=model.unet_adapters,
     )
     if model.compile:
-        backbone.unet.compile()
+        # Shapes stay what they were at first; symbolic ones do not pass the grouping of attention.
+        backbone.unet.compile(dynamic=False)
     return backbone

@@ -1,0 +1,180 @@
+"""How near to the device's limit rollout and learner are, and what eats the rest.
+
+    python benchmarks/utilisation.py [--size sd15|tiny|shapes] [--device auto] [key.sub=value ...]
+
+Model FLOPs over time, as a share of this run's best matrix product in the networks' dtype, for each
+batch size; peak memory; and the operations that take longest. Writes
+benchmarks/results/utilisation.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import ROOT, as_in_an_actor, write
+from full_size import make_pipeline
+from torch.profiler import ProfilerActivity, profile
+
+from texforce_ray.config import Config
+from texforce_ray.config_io import load_config
+from texforce_ray.diffusion.sampler import Sampler
+from texforce_ray.model.backbone import load_backbone
+from texforce_ray.model.flops import matmul_peak, pair_flops, sample_flops
+from texforce_ray.rl.learner import Learner
+from texforce_ray.rl.trainer import UpdateBatch
+
+_SHOWN = 8
+SIZES = {"sd15": (2, 4, 8, 16, 32), "tiny": (2, 4), "shapes": (8, 32)}
+
+
+class Work:
+    """A rollout unit and an update of `size` samples, few steps of each."""
+
+    def __init__(self, config: Config, device: str) -> None:
+        self.config = config
+        self.backbone = load_backbone(config.model.path, dtype=config.model.dtype, device=device)
+        self.learner = Learner(self.backbone, config)
+        d = config.diffusion
+        self.sampler = Sampler(
+            self.backbone,
+            steps=d.steps,
+            eta=d.eta,
+            guidance_scale=d.guidance_scale,
+            storage_dtype=d.storage_dtype,
+            decode_batch_size=config.rollout.decode_batch_size,
+        )
+
+    def flops(self, size: int) -> tuple[int, int]:
+        """Of the rollout and of the update."""
+        d = self.config.diffusion
+        pairs = size * self.config.trained_timesteps
+        return (
+            size * sample_flops(self.backbone, d.steps, d.guidance_scale),
+            pairs * pair_flops(self.backbone, d.guidance_scale),
+        )
+
+    def rollout(self, size: int) -> Any:
+        return self.sampler.sample(["a green circle"] * size, np.arange(size), 0)[0]
+
+    def update(self, size: int, trajectory: Any) -> None:
+        state = self.learner.state()
+        advantages = np.linspace(-1, 1, size)
+        self.learner.update(UpdateBatch(trajectory, advantages, np.ones(size, dtype=bool)))
+        self.learner.load(state)
+
+
+def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, int]:
+    """Seconds of the second call, and peak bytes on a GPU."""
+    work()
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    work()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, torch.cuda.max_memory_allocated() if cuda else 0
+
+
+def longest(device: torch.device, work: Callable[[], Any]) -> list[tuple[str, float]]:
+    """Operations by their share of the time."""
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as profiled:
+        work()
+    name = "self_device_time_total" if cuda else "self_cpu_time_total"
+    events = profiled.key_averages()
+    total = sum(getattr(event, name) for event in events) or 1.0
+    found = [(event.key, getattr(event, name) / total) for event in events]
+    return sorted(found, key=lambda pair: -pair[1])[:_SHOWN]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--size", choices=tuple(SIZES), default="shapes")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_args()
+    as_in_an_actor()
+    name = options.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    rows, shares = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for size in SIZES[options.size]:
+            work = Work(_config(options, Path(folder), size), name)
+            device = work.backbone.device
+            peak = matmul_peak(device, work.backbone.dtype)
+            try:
+                trajectory = work.rollout(size)
+                rollout, rollout_bytes = timed(device, lambda: work.rollout(size))  # noqa: B023
+                update, update_bytes = timed(device, lambda: work.update(size, trajectory))  # noqa: B023
+            except torch.cuda.OutOfMemoryError:
+                break
+            sampled, trained = work.flops(size)
+            rows.append(
+                {
+                    "size": size,
+                    "rollout": sampled / rollout / peak,
+                    "learner": trained / update / peak,
+                    "rollout_samples_per_second": size / rollout,
+                    "learner_samples_per_second": size / update,
+                    "rollout_bytes": rollout_bytes,
+                    "learner_bytes": update_bytes,
+                    "peak_flops": peak,
+                }
+            )
+            shares = {
+                "rollout": longest(device, lambda: work.rollout(size)),  # noqa: B023
+                "learner": longest(device, lambda: work.update(size, trajectory)),  # noqa: B023
+            }
+    table = [
+        "| batch | rollout of peak | learner of peak | rollout GiB | learner GiB |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        memory = [f"{row[key] / 2**30:.1f}" for key in ("rollout_bytes", "learner_bytes")]
+        table.append(
+            f"| {row['size']} | {row['rollout']:.1%} | {row['learner']:.1%} "
+            f"| {' | '.join(memory)} |"
+        )
+    for phase, found in shares.items():
+        table += ["", f"longest in the {phase}: "]
+        table[-1] += ", ".join(f"{key} {share:.0%}" for key, share in found)
+    device_name = torch.cuda.get_device_name() if name == "cuda" else "cpu"
+    write("utilisation", {"device": device_name, "rows": rows, "longest": shares}, table)
+
+
+def _config(options: argparse.Namespace, folder: Path, size: int) -> Config:
+    overrides = ["diffusion.guidance_scale=5", "ppo.timestep_choice=random"]
+    if options.size != "shapes":
+        path = folder / "pipeline"
+        if not path.exists():
+            make_pipeline(path, options.size)
+        dtype = "float16" if options.size == "sd15" else "float32"
+        overrides += [f"model.path={path}", f"model.dtype={dtype}", "ppo.decoupled=never"]
+        overrides += ["diffusion.steps=10"]  # of 50: a step costs the same whichever it is
+    return load_config(
+        ROOT / "configs" / "shapes.yaml",
+        [
+            *overrides,
+            "prompts.per_iteration=1",
+            f"prompts.samples_per_prompt={size}",
+            f"rollout.batch_size={size}",
+            f"learner.microbatch_size={size}",
+            "ppo.num_minibatches=1",
+            *options.overrides,
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
