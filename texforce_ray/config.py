@@ -31,6 +31,14 @@ def placement(default: Any, description: str, **constraints: Any) -> Any:
     )
 
 
+def safe(default: Any, description: str, **constraints: Any) -> Any:
+    """A field that affects the result, and may all the same be changed when a run is resumed.
+
+    For runs that stopped because learning went wrong. The change is recorded with the run.
+    """
+    return Field(default, description=description, json_schema_extra={"safe": True}, **constraints)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
@@ -73,7 +81,7 @@ class UnetLoraConfig(_Section):
         min_length=1,
         description="names of the U-Net's linear layers that get an adapter",
     )
-    lr: float | None = Field(None, gt=0, description="peak learning rate; default: optimizer.lr")
+    lr: float | None = safe(None, "peak learning rate; default: optimizer.lr", gt=0)
 
 
 class LoraConfig(_Section):
@@ -180,7 +188,7 @@ class RewardConfig(_Section):
     name: str | None = Field(None, description="a built-in reward")
     target: str | None = Field(None, description="your own reward: 'package.module:Class'")
     label: str | None = Field(None, description="name in metrics; default: name or class name")
-    weight: float = Field(1.0, description="factor in the weighted sum")
+    weight: float = safe(1.0, "factor in the weighted sum")
     normalize: Literal["none", "batch", "group"] = Field(
         "none",
         description="before the sum, shift and scale to mean 0, deviation 1: over the iteration "
@@ -270,11 +278,22 @@ class PpoConfig(_Section):
         "which decide what is in the image. With few denoising steps the last ones have a small "
         "sigma, and their likelihood drowns the others' gradient in noise",
     )
-    kl_weight: float = Field(
+    kl_weight: float = safe(
         0.0,
-        ge=0,
-        description="weight of the KL to the base policy, averaged over latent dimensions as "
+        "weight of the KL to the base policy, averaged over latent dimensions as "
         "log-probabilities are",
+        ge=0,
+    )
+    target_kl: float | None = safe(
+        None,
+        "an iteration's updates end early at a minibatch whose approx_kl exceeds it",
+        gt=0,
+    )
+    max_skipped: int = placement(
+        3,
+        "updates in a row that may be left out because their gradient is not finite; one more "
+        "stops the run",
+        ge=0,
     )
     decoupled: Literal["auto", "always", "never"] = Field(
         "auto",
@@ -314,7 +333,7 @@ class DirectConfig(_Section):
 class OptimizerConfig(_Section):
     """AdamW on the adapter."""
 
-    lr: float = Field(3e-4, gt=0, description="peak learning rate")
+    lr: float = safe(3e-4, "peak learning rate", gt=0)
     betas: tuple[_Decay, _Decay] = Field((0.9, 0.999), description="Adam's decay rates")
     weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
@@ -390,6 +409,12 @@ class RayConfig(_Section):
     start_timeout_s: float = placement(180.0, "deadline for all actors to be ready", gt=0)
     resource_timeout_s: float = placement(20.0, "how long to wait for room on the cluster", gt=0)
     max_restarts: int = placement(3, "restarts of each actor", ge=0)
+    max_run_restarts: int = placement(
+        100, "failures of actors in one run beyond which it stops", ge=0
+    )
+    watchdog_s: float = placement(
+        300.0, "after so long without any result, the run says what it waits for", gt=0
+    )
     task_retries: int = placement(3, "further tries of a unit of work whose actor died", ge=0)
     environments: str | None = placement(
         None,
@@ -409,7 +434,7 @@ class Config(_Section):
 
     seed: int = Field(0, ge=0, description="all prompts, noise and timesteps follow from it")
     run_dir: str = placement("runs/{time}", "where results go; {time} becomes the starting time")
-    iterations: int = Field(20, ge=1, description="iterations of sampling and updating")
+    iterations: int = safe(20, "iterations of sampling and updating", ge=1)
     max_staleness: int = Field(
         0, ge=0, le=1, description="k: iteration i is sampled with policy version max(0, i - k)"
     )
@@ -589,10 +614,26 @@ def _without_placement(section: BaseModel) -> dict[str, Any]:
     return json.loads(json.dumps(kept))
 
 
-def field_paths(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Dotted paths of all fields, parents before children; entries of lists without an index."""
+def safe_paths() -> set[str]:
+    """Dotted paths of the fields that may change on resume and are then recorded."""
+    return {".".join(path) for path, field in _fields(Config) if _is_safe(field)}
+
+
+def _is_safe(field: Any) -> bool:
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("safe"))
+
+
+def _fields(
+    model: type[BaseModel], prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
     for name, field in model.model_fields.items():
-        yield (*prefix, name)
+        yield (*prefix, name), field
         for part in (field.annotation, *get_args(field.annotation)):
             if isinstance(part, type) and issubclass(part, BaseModel):
-                yield from field_paths(part, (*prefix, name))
+                yield from _fields(part, (*prefix, name))
+
+
+def field_paths(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+    """Dotted paths of all fields, parents before children; entries of lists without an index."""
+    return (path for path, _ in _fields(model))

@@ -87,9 +87,8 @@ def train(config: Config, *, resume: bool = False, roles: Roles = Roles()) -> Ru
     config = resolve_run_dir(config)
     prompts, eval_prompts = check_inputs(config)
     prompts_digest = digest([*prompts, *eval_prompts])
-    if resume:
-        check_resumable(config, prompts_digest)
-    job = _train(config, prompts, eval_prompts, prompts_digest, resume, roles)
+    changes = check_resumable(config, prompts_digest) if resume else None
+    job = _train(config, prompts, eval_prompts, prompts_digest, changes, roles)
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -156,6 +155,8 @@ async def _iterate(run: _Run, policy: Policy, baseline: Baseline) -> None:
                 with recorder.phase("evaluation"):
                     await _evaluate(run, policy)
             await recorder.iteration(training, update, policy, baseline, crew)
+            for warning in recorder.take_warnings():
+                run.progress.message(f"warning: {warning}")
             run.progress.update(policy.version, recorder.reward, recorder.samples_per_second)
             # The last references to its trajectories: the object store is free for the next ones.
             del batch, training
@@ -190,11 +191,14 @@ async def _train(
     prompts: list[Prompt],
     eval_prompts: list[Prompt],
     prompts_digest: str,
-    resume: bool,
+    changes: dict[str, tuple[Any, Any]] | None,
     roles: Roles,
 ) -> RunResult:
-    """Everything around the loop: start, restore, stop, clean up."""
-    began = time.monotonic()
+    """Everything around the loop: start, restore, stop, clean up.
+
+    `changes`: of settings, where an existing run is resumed; None for a new one.
+    """
+    began, resume = time.monotonic(), changes is not None
     checkpoint = _restore(config) if resume else None
     with contextlib.ExitStack() as cleanup:
         start = checkpoint.iteration if checkpoint else 0
@@ -202,7 +206,7 @@ async def _train(
             _reach(config, cleanup)
             config = await with_sizes(config)
         if resume:
-            directory = RunDirectory.reopen(config, start)
+            directory = RunDirectory.reopen(config, start, changes)
         else:
             directory = RunDirectory.create(config, prompts_digest)
         cleanup.callback(directory.close)
@@ -216,6 +220,7 @@ async def _train(
             await wait_for_room(config)
             crew = Crew(config, await prepare_environments(config), roles=roles)
             cleanup.callback(crew.close)
+            cleanup.callback(_watch(crew, config.ray.watchdog_s, progress).cancel)
             run = _Run(config, prompts, eval_prompts, crew, recorder, progress)
             policy = await _start(run, checkpoint)
             await _iterate(run, policy, baseline)
@@ -240,6 +245,18 @@ async def _train(
         seconds = time.monotonic() - began
         adapter = directory.path / "adapter"
         return RunResult(directory.path, adapter, policy.version, seconds, comparison)
+
+
+def _watch(crew: Crew, patience: float, progress: Progress) -> asyncio.Task[None]:
+    """Say what is waited for whenever nothing was finished for `patience` seconds."""
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(patience / 4)
+            if crew.silence() >= patience:
+                progress.message(f"waiting for {'; '.join(crew.waiting()) or 'actors to start'}")
+
+    return asyncio.ensure_future(watch())
 
 
 def _reach(config: Config, cleanup: contextlib.ExitStack) -> None:

@@ -22,9 +22,11 @@ from texforce_ray.records.checkpoint import (
     prune,
     save_checkpoint,
 )
+from texforce_ray.records.metrics import read_metrics
 from texforce_ray.records.model_card import ModelCardInfo
 from texforce_ray.records.run_directory import RunDirectory, write_evaluation
 from texforce_ray.rl.baseline import Baseline
+from texforce_ray.watch import Watch
 
 
 class Recorder:
@@ -41,6 +43,8 @@ class Recorder:
         self._best: float | None = None
         self._checkpoint_seconds = 0.0
         self._evaluation: dict[str, float] = {}
+        self._watch = Watch(read_metrics(directory.path))
+        self._warnings: list[str] = []
         self.start_iteration()
 
     def start_iteration(self) -> None:
@@ -138,6 +142,7 @@ class Recorder:
             **crew.scoring_statistics(),
         }
         self.directory.metrics.append(batch.iteration, metrics)
+        self._warnings = self._watch.look({"iteration": batch.iteration, **metrics})
         self._evaluation = {}
         due = policy.version % self.config.checkpoint.every == 0
         last = policy.version == self.config.iterations
@@ -145,6 +150,11 @@ class Recorder:
             began = time.perf_counter()
             await self.checkpoint(policy, baseline)
             self._checkpoint_seconds = time.perf_counter() - began
+
+    def take_warnings(self) -> list[str]:
+        """What the last iteration's metrics should make a user look at."""
+        taken, self._warnings = self._warnings, []
+        return taken
 
     def _reward_metrics(self, training: TrainingBatch) -> dict[str, float]:
         metrics: dict[str, float] = {}

@@ -28,7 +28,10 @@ def parser() -> argparse.ArgumentParser:
     )
     commands.add_argument("--config", type=Path, help="YAML file, e.g. configs/shapes.yaml")
     commands.add_argument(
-        "--resume", type=Path, metavar="RUN_DIR", help="continue this run from its checkpoint"
+        "--resume",
+        metavar="RUN_DIR",
+        help="continue this run from its checkpoint; 'auto': continue the run in the config's "
+        "run_dir if there is one, else start it (for jobs that are retried)",
     )
     commands.add_argument(
         "--dry-run",
@@ -58,13 +61,14 @@ def main(arguments: list[str] | None = None) -> int:
         commands.error("give --config FILE, or --resume RUN_DIR")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        config = _configure(options.config, options.resume, options.overrides)
+        resume = _resumed(options.config, options.resume, options.overrides)
+        config = _configure(options.config, resume, options.overrides)
         if options.dry_run:
             _dry_run(config)
             return 0
         from texforce_ray.driver import train
 
-        result = train(config, resume=options.resume is not None)
+        result = train(config, resume=resume is not None)
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -76,6 +80,31 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_ERROR
     _print_result(result)
     return 0
+
+
+def _resumed(file: Path | None, resume: str | None, overrides: list[str]) -> Path | None:
+    """The run to resume, or None to start one.
+
+    Raises:
+        ConfigError: 'auto' without a config file, or with a run_dir that is a new one every time.
+    """
+    from texforce_ray.config_io import load_config, resolve_run_dir
+    from texforce_ray.errors import ConfigError
+
+    if resume != "auto":
+        return None if resume is None else Path(resume)
+    if file is None:
+        raise ConfigError(
+            "--resume auto: give --config FILE too, to start from where there is nothing to resume"
+        )
+    config = load_config(file, overrides)
+    if "{time}" in config.run_dir:
+        raise ConfigError(
+            f"run_dir: {config.run_dir!r} is a new folder every time; with --resume auto give a "
+            "fixed one, e.g. run_dir=/data/runs/my-run"
+        )
+    path = Path(resolve_run_dir(config).run_dir)
+    return path if (path / "config.yaml").is_file() else None
 
 
 def _configure(file: Path | None, resume: Path | None, overrides: list[str]) -> Config:

@@ -13,7 +13,7 @@ NAME = PACKAGE.name
 
 # Lowest first. A module may import those of its own row and of the rows above it here.
 LAYERS = [
-    ["errors", "signals"],
+    ["errors", "signals", "watch"],
     ["randomness"],
     ["config", "config_help", "config_io"],
     ["shapes"],

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from texforce_ray.config import Config, field_paths
 from texforce_ray.config_io import load_config, make_config, resolve_run_dir, to_yaml
-from texforce_ray.errors import ConfigError
+from texforce_ray.errors import ConfigError, RunDirectoryError
+from texforce_ray.records.run_directory import check_same
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 
@@ -228,6 +229,22 @@ def test_placement_may_change_on_resume_and_nothing_else() -> None:
     ]
     for override, values in changed:
         assert load_config(None, [override], base=values).placement_free() != base, override
+
+
+def test_only_what_the_learning_may_need_changes_on_resume(tmp_path: Path) -> None:
+    before = Config()
+    tuned = ["optimizer.lr=1e-5", "ppo.kl_weight=0.1", "iterations=30", "rewards.0.weight=2"]
+    changes = check_same(before, load_config(None, tuned), tmp_path)
+    assert changes == {
+        "iterations": (20, 30),
+        "optimizer.lr": (3e-4, 1e-5),
+        "ppo.kl_weight": (0.0, 0.1),
+        "rewards.0.weight": (1.0, 2.0),
+    }
+    assert check_same(before, load_config(None, ["rollout.num_workers=3"]), tmp_path) == {}
+    with pytest.raises(RunDirectoryError, match=r"seed: was 0, now 1") as caught:
+        check_same(before, load_config(None, ["seed=1", "optimizer.lr=1e-5"]), tmp_path)
+    assert "optimizer.lr: was" not in str(caught.value)
 
 
 def test_relative_run_directory_is_refused_under_a_ray_job(

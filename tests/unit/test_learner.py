@@ -499,3 +499,55 @@ def test_a_compiled_unet_agrees_with_itself(tiny_backbone: Load) -> None:
     for _ in range(2):
         metrics = learner.update(_batch(_sample(learner)))
         assert metrics["ppo/ratio_error_first_pass"] <= 1e-5
+
+
+# ---- what goes wrong ---------------------------------------------------------------------
+
+
+def _poisoned(learner: Learner, monkeypatch: pytest.MonkeyPatch, updates: set[int]) -> None:
+    """The gradients of these updates are not finite."""
+    clean = learner._minibatch_gradient
+
+    def gradient(*given: Any) -> list[Tensor]:
+        found = clean(*given)
+        return [g * float("nan") for g in found] if learner.updates in updates else found
+
+    monkeypatch.setattr(learner, "_minibatch_gradient", gradient)
+
+
+def test_an_update_without_a_finite_gradient_is_left_out(
+    tiny_backbone: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = Learner(tiny_backbone(), _config(ppo={"epochs": 3, "num_minibatches": 1}))
+    _poisoned(learner, monkeypatch, {1, 2})
+    metrics = learner.update(_batch(_sample(learner)))
+    assert metrics["learner/skipped"] == 2
+    assert np.isfinite(metrics["learner/grad_norm"])
+    assert learner.updates == 3
+    assert all(np.isfinite(value).all() for value in _weights(learner).values())
+    # Those in a row are counted over iterations and resumes.
+    assert learner.state().skipped == 2
+    other = Learner(tiny_backbone(), _config())
+    other.load(learner.state())
+    assert other.skipped == 2
+
+
+def test_too_many_in_a_row_stop_the_run_and_name_the_samples(
+    tiny_backbone: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = Learner(tiny_backbone(), _config(ppo={"epochs": 4, "max_skipped": 1}))
+    _poisoned(learner, monkeypatch, {1, 2, 3})
+    with pytest.raises(NumericsError, match=r"samples/iteration-00000\.parquet"):
+        learner.update(_batch(_sample(learner)))
+
+
+def test_updates_end_early_beyond_the_target_kl(tiny_backbone: Load) -> None:
+    batch = _batch(_sample(Learner(tiny_backbone(), _config())))
+    done = {}
+    for target in (None, 1e-12):
+        config = _config(ppo={"epochs": 4, "target_kl": target}, optimizer={"lr": 0.05})
+        learner = Learner(tiny_backbone(), config)
+        metrics = learner.update(batch)
+        done[target] = learner.updates
+    assert done == {None: 4, 1e-12: 1}  # at first there is no KL to speak of
+    assert metrics["ppo/updates_left_out"] == 3

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from texforce_ray.actors.colocated import ColocatedActor
 from texforce_ray.actors.environments import chosen
 from texforce_ray.actors.learner import LearnerActor, Membership
 from texforce_ray.actors.messages import ImagePayload, Info, Scores, WorkUnit
-from texforce_ray.actors.pool import ActorPool, SubmitRank, gather
+from texforce_ray.actors.pool import ActorPool, Budget, SubmitRank, gather
 from texforce_ray.actors.reward import RewardServer
 from texforce_ray.actors.rollout import RolloutActor
 from texforce_ray.actors.scoring import RewardPool
@@ -93,20 +94,26 @@ class Crew:
         """Start all actors; `pythons`: interpreters of rewards that have one of their own."""
         self.config = config
         r, t, retries = config.rollout, config.learner, config.ray.task_retries
-        patience = config.ray.start_timeout_s
+        self.budget = Budget(config.ray.max_run_restarts)
+        given: dict[str, Any] = {
+            "retries": retries,
+            "start_timeout": config.ray.start_timeout_s,
+            "budget": self.budget,
+        }
         shared = learner and t.colocated
         kind = roles.both if shared else roles.rollout
         rollouts = [_start(kind, r, r.num_threads, config, [config]) for _ in range(r.num_workers)]
-        self.rollouts = ActorPool("rollout", rollouts, retries=retries, start_timeout=patience)
+        self.rollouts = ActorPool("rollout", rollouts, **given)
         self.learner: ActorPool | None = None
         if learner:
             actors = [
                 rollouts[0] if shared else _start(roles.learner, t, t.num_threads, config, [config])
                 for _ in range(t.num_workers)
             ]
-            self.learner = ActorPool("learner", actors, retries=retries, start_timeout=patience)
+            self.learner = ActorPool("learner", actors, **given)
         self.rewards = {
-            reward.key: reward_pool(reward, config, pythons or {}) for reward in config.rewards
+            reward.key: reward_pool(reward, config, pythons or {}, self.budget)
+            for reward in config.rewards
         }
         # Rollouts wait for slow rewards rather than filling the object store with images.
         self.unscored = asyncio.Semaphore(config.rollout.unscored_units)
@@ -132,6 +139,14 @@ class Crew:
     def close(self) -> None:
         for pool in self.pools():
             pool.kill()
+
+    def waiting(self) -> list[str]:
+        """What every busy actor does, and for how long."""
+        return [text for pool in self.pools() for text in pool.waiting()]
+
+    def silence(self) -> float:
+        """Seconds since any actor finished a task."""
+        return time.monotonic() - max(pool.last_answer for pool in self.pools())
 
     @property
     def restarts(self) -> int:
@@ -267,7 +282,12 @@ async def _soon(ref: ray.ObjectRef) -> Any:
     return await asyncio.wait_for(asyncio.wrap_future(ref.future()), 60.0)
 
 
-def reward_pool(reward: RewardConfig, config: Config, pythons: Mapping[str, str]) -> RewardPool:
+def reward_pool(
+    reward: RewardConfig,
+    config: Config,
+    pythons: Mapping[str, str],
+    budget: Budget | None = None,
+) -> RewardPool:
     """Start one reward's servers, each in the interpreter that `pythons` has for it."""
     given = [
         reward.key,
@@ -285,6 +305,7 @@ def reward_pool(reward: RewardConfig, config: Config, pythons: Mapping[str, str]
         servers,
         retries=reward.retries,
         start_timeout=config.ray.start_timeout_s,
+        budget=budget,
     )
     return RewardPool(reward, actors)
 

@@ -7,8 +7,13 @@ has a deadline.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import tempfile
+import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,7 +28,30 @@ SubmitRank = Callable[[int, Any], Any]  # the same, told which actor of the pool
 Result = tuple[Any, tuple[ray.ObjectRef, ...]]
 
 _SETTLE_S = 10.0  # after one of several failed, until the others have as well
+_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 10.0
+_LOG_LINES = 5
 _NOBODY = -1  # wakes those who wait for a free actor when none is left
+
+
+@dataclass
+class Budget:
+    """How many failures of actors a run bears, over all pools."""
+
+    most: int
+    spent: int = 0
+
+    def spend(self, what: str) -> None:
+        """Count one failure.
+
+        Raises:
+            ActorError: it was one too many.
+        """
+        self.spent += 1
+        if self.spent > self.most:
+            raise ActorError(
+                f"actors failed {self.spent} times in this run (ray.max_run_restarts allows "
+                f"{self.most}); the last one: {what}"
+            )
 
 
 class ActorPool:
@@ -34,11 +62,20 @@ class ActorPool:
     """
 
     def __init__(
-        self, name: str, actors: Sequence[Any], *, retries: int, start_timeout: float = 180.0
+        self,
+        name: str,
+        actors: Sequence[Any],
+        *,
+        retries: int,
+        start_timeout: float = 180.0,
+        budget: Budget | None = None,
     ) -> None:
         self.name, self.actors, self.retries = name, list(actors), retries
         self.start_timeout = start_timeout
+        self.budget = budget or Budget(1_000_000)
         self.restarts = 0
+        self.last_answer = time.monotonic()
+        self._doing: dict[int, tuple[str, float]] = {}
         self._joining: dict[int, asyncio.Task[str]] = {}
         self._present: set[int] = set()
         self._errors: dict[int, ActorError | TexForceError] = {}  # of actors that are gone for good
@@ -85,16 +122,21 @@ class ActorPool:
         """
         self._start()
         for attempt in range(self.retries + 1):
+            await asyncio.sleep(_pause(attempt))
             index = await self._free(task)
             lost = False
+            self._doing[index] = task, time.monotonic()
             try:
-                return await _answer(submit(self.actors[index]), timeout)
+                result = await _answer(submit(self.actors[index]), timeout)
+                self.last_answer = time.monotonic()
+                return result
             except (RayActorError, TimeoutError) as error:
                 lost = True
                 self._lost(index, task, error, timeout, last=attempt == self.retries)
             except RayError as error:
                 raise readable(f"{self.name}-{index}", task, error) from None
             finally:
+                self._doing.pop(index, None)
                 if not lost:
                     self._idle.put_nowait(index)
         raise AssertionError("unreachable")
@@ -112,8 +154,10 @@ class ActorPool:
         """
         self._start()
         for attempt in range(self.retries + 1):
+            await asyncio.sleep(_pause(attempt))
             members = sorted([await self._free(task, others_work=False) for _ in self.actors])
             lost: set[int] = set()
+            self._doing |= {index: (task, time.monotonic()) for index in members}
             answers: list[asyncio.Future[Result]] = []
             try:
                 submit = await prepare()
@@ -121,7 +165,9 @@ class ActorPool:
                     asyncio.ensure_future(_answer(submit(i, self.actors[i]), timeout))
                     for i in members
                 ]
-                return (await _together(answers))[0]
+                result = (await _together(answers))[0]
+                self.last_answer = time.monotonic()
+                return result
             except (RayActorError, TimeoutError) as error:
                 lost = set(members)
                 dead = [i for i, answer in enumerate(answers) if _died(answer)]
@@ -133,9 +179,19 @@ class ActorPool:
             except RayError as error:
                 raise readable(self.name, task, error) from None
             finally:
+                for index in members:
+                    self._doing.pop(index, None)
                 for index in set(members) - lost:
                     self._idle.put_nowait(index)
         raise AssertionError("unreachable")
+
+    def waiting(self) -> list[str]:
+        """What every busy actor does, and for how long."""
+        now = time.monotonic()
+        return [
+            f"{self.name}-{index}: {task} ({now - since:.0f} s)"
+            for index, (task, since) in self._doing.items()
+        ]
 
     def kill(self) -> None:
         """End all actors; their results stay, the driver owns them."""
@@ -205,12 +261,18 @@ class ActorPool:
 
     def _note(self, index: int, task: str, error: Exception, timeout: float, last: bool) -> None:
         cause = _cause(error, timeout)
+        self.budget.spend(f"{self.name}-{index} at {task}: {cause}")
         if last:
             raise ActorError(
                 f"{self.name}-{index} failed at {task} after {self.retries + 1} tries: {cause}"
             ) from None
         log.warning("%s-%d failed at %s (%s); trying again", self.name, index, task, cause)
         self.restarts += 1
+
+
+def _pause(attempt: int) -> float:
+    """Back-off before a try: none, 0.1 s, 0.2 s, ... at most 10 s."""
+    return min(_PAUSE_S * 2 ** (attempt - 1), _LONGEST_PAUSE_S) if attempt else 0.0
 
 
 async def _answer(refs: Any, timeout: float) -> Result:
@@ -278,5 +340,30 @@ def _cause(error: BaseException, timeout: float) -> str:
         return f"no answer within {timeout:.0f} s"
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     if isinstance(error, RayActorError):
-        return f"the actor died: {lines[-1].strip()}" if lines else "the actor died"
+        where, tail = _place(lines), _log_tail(lines)
+        return " ".join(
+            ["the actor died", *where, "-", *([lines[-1].strip()] if lines else []), *tail]
+        )
     return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
+
+
+def _place(lines: Sequence[str]) -> list[str]:
+    """Process and node of a dead actor, as Ray's message names them."""
+    facts = dict(line.strip().split(": ", 1) for line in lines if ": " in line)
+    return [
+        f"({name} {facts[key]})" for key, name in (("pid", "pid"), ("ip", "node")) if key in facts
+    ]
+
+
+def _log_tail(lines: Sequence[str]) -> list[str]:
+    """The last lines that a dead actor wrote, where its log lies on this machine."""
+    pid = next((line.split(": ", 1)[1] for line in lines if line.strip().startswith("pid: ")), None)
+    if pid is None or not pid.strip().isdigit():
+        return []
+    logs = Path(tempfile.gettempdir()) / "ray" / "session_latest" / "logs"
+    for path in logs.glob(f"worker-*-{pid.strip()}.err"):
+        with contextlib.suppress(OSError):
+            text = path.read_text(errors="replace").strip().splitlines()
+            if text:
+                return ["| last lines:", " / ".join(line.strip() for line in text[-_LOG_LINES:])]
+    return []

@@ -40,6 +40,7 @@ class LearnerState:
     version: number of iterations trained; updates: number of optimizer steps done.
     optimizer: Adam's moments, `<index>/exp_avg` and so on, in the adapter's parameter order.
     ema: averaged parameters, `parameters/<index>` in the same order; empty without EMA.
+    skipped: updates in a row that were left out, up to now.
     """
 
     version: int
@@ -47,3 +48,4 @@ class LearnerState:
     adapters: dict[str, Tensors]
     optimizer: Tensors = field(default_factory=dict)
     ema: dict[str, Tensors] = field(default_factory=dict)
+    skipped: int = 0

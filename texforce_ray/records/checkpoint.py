@@ -98,6 +98,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             adapters=_nested(learner, "adapters/"),
             optimizer=_inner(learner, "optimizer/"),
             ema=_nested(learner, "ema/"),
+            skipped=meta.get("skipped", 0),
         )
         snapshots = [
             _read_snapshot(path / f"snapshot-{i}.safetensors", facts)
@@ -180,6 +181,7 @@ def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
     meta = {
         "version": state.version,
         "updates": state.updates,
+        "skipped": state.skipped,
         "prompt_statistics": checkpoint.prompt_statistics,
         "snapshots": [
             {

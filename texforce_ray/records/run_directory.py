@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from texforce_ray.config import Config
+from texforce_ray.config import Config, safe_paths
 from texforce_ray.config_io import load_config, to_yaml
 from texforce_ray.errors import ConfigError, RunDirectoryError
 from texforce_ray.records.files import (
@@ -57,13 +57,25 @@ class RunDirectory:
         return _open(path, 0, {"config.yaml": to_yaml(config), "inputs.json": inputs})
 
     @staticmethod
-    def reopen(config: Config, start: int) -> RunDirectory:
-        """Continue a run's directory after `start` iterations.
+    def reopen(
+        config: Config, start: int, changes: Mapping[str, tuple[Any, Any]] | None = None
+    ) -> RunDirectory:
+        """Continue a run's directory after `start` iterations; `changes` of settings are kept.
 
         Raises:
             RunDirectoryError: not writable, or in use.
         """
-        return _open(Path(config.run_dir), start, {"config.yaml": to_yaml(config)})
+        path = Path(config.run_dir)
+        files = {"config.yaml": to_yaml(config)}
+        if changes:
+            lines = [
+                json.dumps({"after_iteration": start, "key": key, "from": old, "to": new})
+                for key, (old, new) in changes.items()
+            ]
+            known = path / "changes.jsonl"
+            earlier = known.read_text() if known.exists() else ""
+            files = {"changes.jsonl": earlier + "".join(f"{line}\n" for line in lines)} | files
+        return _open(path, start, files)
 
     def recorded_mask(self, iteration: int, seeds: np.ndarray) -> np.ndarray:
         """bool [N], False for samples that an earlier attempt at this iteration masked for good."""
@@ -175,19 +187,23 @@ def read_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
     return now
 
 
-def check_resumable(config: Config, prompts_digest: str) -> None:
-    """Raise RunDirectoryError unless `config.run_dir` is a run of the same config and prompts."""
+def check_resumable(config: Config, prompts_digest: str) -> dict[str, tuple[Any, Any]]:
+    """Raise RunDirectoryError unless `config.run_dir` is a run of the same config and prompts.
+
+    Returns the fields that are changed all the same, as they may be: old and new values.
+    """
     path = Path(config.run_dir)
-    check_same(read_config(path), config, path)
+    changes = check_same(read_config(path), config, path)
     try:
         before = json.loads((path / "inputs.json").read_text())["prompts"]
     except (OSError, ValueError, KeyError, TypeError):
-        return  # damaged or of an earlier version: the config has been compared
+        return changes  # damaged or of an earlier version: the config has been compared
     if before != prompts_digest:
         raise RunDirectoryError(
             f"the prompts of {path} have changed since it started (prompts.train or eval.prompts); "
             "put the old file back, or start a new run"
         )
+    return changes
 
 
 def digest(prompts: Sequence[Any]) -> str:
@@ -195,20 +211,32 @@ def digest(prompts: Sequence[Any]) -> str:
     return hashlib.sha256(repr(list(prompts)).encode()).hexdigest()
 
 
-def check_same(before: Config, now: Config, run_dir: Path) -> None:
-    """Raise RunDirectoryError naming the result-affecting fields in which two configs differ."""
+def check_same(before: Config, now: Config, run_dir: Path) -> dict[str, tuple[Any, Any]]:
+    """Changes of fields that may change: key to old and new value.
+
+    Raises:
+        RunDirectoryError: names the other result-affecting fields in which the configs differ.
+    """
     old, new = _flat(before.placement_free()), _flat(now.placement_free())
     different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if different:
-        lines = [f"  {key}: was {old.get(key)!r}, now {new.get(key)!r}" for key in different]
+    allowed = safe_paths()
+    changes = {key: (old.get(key), new.get(key)) for key in different if _plain(key) in allowed}
+    if wrong := [key for key in different if key not in changes]:
+        lines = [f"  {key}: was {old.get(key)!r}, now {new.get(key)!r}" for key in wrong]
         raise RunDirectoryError(
             "\n".join(
                 [
                     f"{run_dir} is a run of another configuration; to resume it, keep:",
                     *lines,
+                    f"(these may change: {', '.join(sorted(allowed))})",
                 ]
             )
         )
+    return changes
+
+
+def _plain(key: str) -> str:
+    return ".".join(part for part in key.split(".") if not part.isdigit())
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -58,7 +58,7 @@ class DirectLearner(Trainer):
         return {
             "direct/reward": mean,
             "direct/reward_std": max(0.0, squares / max(1.0, count) - mean**2) ** 0.5,
-            "learner/grad_norm": float(np.mean(norms)),
+            **self._norm_metrics(norms),
             **self._rates(),
         }
 

@@ -63,20 +63,26 @@ class Learner(Trainer):
         if error is not None:
             self._check_agreement(error)
         totals = [_Totals(self.backbone.device) for _ in self._shards(np.arange(len(batch)))]
-        norms = []
-        for epoch in range(config.ppo.epochs):
-            for rows in self._minibatches(batch, epoch):
-                gradient = self._minibatch_gradient(batch, rows, steps, anchor, weight, totals)
-                if error is None:
-                    # Nothing has changed since these samples were drawn: their first ratios are
-                    # those that have to be 1.
-                    error = self._largest(*(total.ratio_error for total in totals))
-                    self._check_agreement(error)
-                norms.append(self._apply(gradient))
+        norms: list[float] = []
+        minibatches = [
+            rows for epoch in range(config.ppo.epochs) for rows in self._minibatches(batch, epoch)
+        ]
+        for rows in minibatches:
+            gradient = self._minibatch_gradient(batch, rows, steps, anchor, weight, totals)
+            if error is None:
+                # Nothing has changed since these samples were drawn: their first ratios are those
+                # that have to be 1.
+                error = self._largest(*(total.ratio_error for total in totals))
+                self._check_agreement(error)
+            if self._too_far(totals):
+                break
+            norms.append(self._apply(gradient))
+        left_out = len(minibatches) - len(norms)
         self.version += 1
         return {
             **_mean_metrics(self._gathered([shard.row() for shard in totals])),
-            "learner/grad_norm": float(np.mean(norms)),
+            **self._norm_metrics(norms),
+            **({} if config.ppo.target_kl is None else {"ppo/updates_left_out": left_out}),
             "ppo/ratio_error_first_pass": error,
             **self._rates(),
         }
@@ -95,6 +101,14 @@ class Learner(Trainer):
                 "float32 for model.dtype and diffusion.storage_dtype, or set ppo.decoupled=always "
                 "and a larger bound"
             )
+
+    def _too_far(self, totals: Sequence[_Totals]) -> bool:
+        """Whether the minibatch's approx_kl exceeds the target, over all learners."""
+        target = self.config.ppo.target_kl
+        if target is None:
+            return False
+        count, kl = self._gathered([total.take_kl() for total in totals]).sum(axis=0)
+        return not kl <= target * max(1.0, count)
 
     def _largest(self, *errors: float) -> float:
         """The largest of all learners' numbers."""
@@ -234,6 +248,7 @@ class _Totals:
         self.count = 0
         self._sums = torch.zeros(len(_METRICS), dtype=torch.float64, device=device)
         self._error = torch.zeros((), device=device)
+        self._taken = [0.0, 0.0]
 
     @torch.no_grad()
     def add(self, result: ppo.PpoLoss, kl_base: Tensor | None) -> None:
@@ -243,6 +258,13 @@ class _Totals:
         kl = torch.full_like(result.ratio, float("nan")) if kl_base is None else kl_base
         columns = (result.loss, result.approx_kl, result.clipped, result.ratio, kl)
         self._sums += torch.stack([column.sum() for column in columns]).double()
+
+    def take_kl(self) -> list[float]:
+        """Count and sum of approx_kl since the last call."""
+        now = [float(self.count), float(self._sums[_METRICS.index("ppo/approx_kl")])]
+        found = [a - b for a, b in zip(now, self._taken, strict=True)]
+        self._taken = now
+        return found
 
     @property
     def ratio_error(self) -> float:

@@ -67,6 +67,7 @@ class Trainer(ABC):
         self.ema = [p.detach().clone() for p in self.parameters] if o.ema_decay else []
         self.version = 0
         self.updates = 0
+        self.skipped = 0  # in a row
 
     # ---- state ---------------------------------------------------------------------------
 
@@ -89,11 +90,13 @@ class Trainer(ABC):
         }
         ema = {"parameters": {str(i): t.cpu().numpy().copy() for i, t in enumerate(self.ema)}}
         adapters = self.adapter.snapshot(self.version).adapters
-        return LearnerState(self.version, self.updates, adapters, moments, ema if self.ema else {})
+        return LearnerState(
+            self.version, self.updates, adapters, moments, ema if self.ema else {}, self.skipped
+        )
 
     def load(self, state: LearnerState) -> None:
         """Continue from `state`, exactly."""
-        self.version, self.updates = state.version, state.updates
+        self.version, self.updates, self.skipped = state.version, state.updates, state.skipped
         self.adapter.load_weights(state.adapters)
         self.optimizer.state.clear()
         for key, value in state.optimizer.items():
@@ -134,7 +137,8 @@ class Trainer(ABC):
             Metrics by the field's names.
 
         Raises:
-            NumericsError: a gradient that is not finite, or numbers that disagree with the sampler.
+            NumericsError: gradients or weights that are not finite, or numbers that disagree with
+                the sampler.
         """
 
     def _minibatches(self, batch: UpdateBatch, epoch: int) -> list[np.ndarray]:
@@ -176,16 +180,21 @@ class Trainer(ABC):
         )
 
     def _apply(self, gradient: Sequence[Tensor]) -> float:
-        """One optimizer update; returns the gradient's norm before it is clipped."""
+        """One optimizer update; returns the gradient's norm before it is clipped.
+
+        An update whose gradient is not finite is left out, and its norm is NaN.
+
+        Raises:
+            NumericsError: one too many of those in a row, or weights that are not finite.
+        """
         for parameter, value in zip(self.parameters, gradient, strict=True):
             parameter.grad = value
         o = self.config.optimizer
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, o.max_grad_norm)
         if not torch.isfinite(norm):
-            raise NumericsError(
-                f"the gradient of update {self.updates} in iteration {self.version} is {norm}; the "
-                "last checkpoint is sound. Try a smaller optimizer.lr or model.dtype=float32"
-            )
+            self._skip(float(norm))
+            return float("nan")
+        self.skipped = 0
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_factor(
                 self.updates, self.config.total_updates, o.warmup_fraction, o.schedule
@@ -195,7 +204,34 @@ class Trainer(ABC):
         self.updates += 1
         for average, parameter in zip(self.ema, self.parameters, strict=False):
             average.lerp_(parameter.detach(), 1 - (o.ema_decay or 0))
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):
+            raise NumericsError(self._trouble("its weights are not finite"))
         return float(norm)
+
+    def _skip(self, norm: float) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1  # the schedule goes on
+        self.skipped += 1
+        if self.skipped > self.config.ppo.max_skipped:
+            raise NumericsError(
+                self._trouble(f"{self.skipped} updates in a row had a gradient of norm {norm}")
+            )
+
+    def _trouble(self, what: str) -> str:
+        return (
+            f"training went wrong at update {self.updates}, iteration {self.version}: {what}. "
+            f"The last checkpoint is sound; the samples are in "
+            f"samples/iteration-{self.version:05d}.parquet. Resume with a smaller optimizer.lr or "
+            "a ppo.kl_weight, or use model.dtype=float32"
+        )
+
+    def _norm_metrics(self, norms: Sequence[float]) -> dict[str, float]:
+        """Mean gradient norm, and how many updates were left out."""
+        known = [norm for norm in norms if np.isfinite(norm)]
+        return {
+            "learner/grad_norm": float(np.mean(known)) if known else 0.0,
+            "learner/skipped": len(norms) - len(known),
+        }
 
     def _rates(self) -> dict[str, float]:
         return {"learner/lr": self.optimizer.param_groups[0]["lr"], "learner/updates": self.updates}

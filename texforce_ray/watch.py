@@ -1,0 +1,90 @@
+"""Watches a run's metrics for what goes wrong slowly: collapse of the reward, loss of diversity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+_WINDOW = 5  # iterations of an average: single ones are noisy
+_FLAT = 1e-6
+_HALF = 0.5
+
+
+class Watch:
+    """Given every iteration's metrics in turn, says once what a user should look at."""
+
+    def __init__(self, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._rewards: list[float] = []
+        self._spread: list[float] = []
+        self._diversity: list[float] = []
+        self._said: set[str] = set()
+        for metrics in earlier:  # of a resumed run: what was said then is not said again
+            self.look(metrics)
+
+    def look(self, metrics: Mapping[str, Any]) -> list[str]:
+        """Warnings after one iteration; each names the metric and the iteration."""
+        found = []
+        for check in (self._collapse, self._no_signal, self._sameness, self._skipped):
+            text = check(metrics)
+            if text is None:
+                self._said.discard(check.__name__)
+            elif check.__name__ not in self._said:
+                self._said.add(check.__name__)
+                found.append(f"iteration {metrics.get('iteration')}: {text}")
+        return found
+
+    def _collapse(self, metrics: Mapping[str, Any]) -> str | None:
+        """The average lies below the best one by more than samples of an iteration differ."""
+        mean, std = metrics.get("reward/total_mean"), metrics.get("reward/total_std")
+        if mean is None or std is None:
+            return None
+        self._rewards.append(float(mean))
+        self._spread.append(float(std))
+        averages = _averages(self._rewards)
+        if not len(averages):
+            return None
+        best, now, spread = averages.max(), averages[-1], float(np.median(self._spread))
+        if best - now <= max(spread, _FLAT):
+            return None
+        return (
+            f"reward/total_mean has fallen from {best:.3f} to {now:.3f} (averages of {_WINDOW} "
+            "iterations); a smaller optimizer.lr or a ppo.kl_weight may help, and the best "
+            "checkpoint is kept"
+        )
+
+    def _no_signal(self, _: Mapping[str, Any]) -> str | None:
+        """All samples score alike: every advantage is 0."""
+        if len(self._spread) < _WINDOW or max(self._spread[-_WINDOW:]) > _FLAT:
+            return None
+        return (
+            f"reward/total_std has been 0 for {_WINDOW} iterations: all samples score alike, so "
+            "there is nothing to learn from"
+        )
+
+    def _sameness(self, metrics: Mapping[str, Any]) -> str | None:
+        """Images of one prompt have become alike: less than half as different as at first."""
+        value = metrics.get("eval/diversity")
+        if value is None:
+            # Between evaluations what was found stands.
+            return "unchanged" if "_sameness" in self._said else None
+        self._diversity.append(float(value))
+        if value >= _HALF * self._diversity[0]:
+            return None
+        return (
+            f"eval/diversity has fallen from {self._diversity[0]:.3f} to {value:.3f}: images of "
+            "one prompt look alike; look at images/ for what the reward is fooled by"
+        )
+
+    def _skipped(self, metrics: Mapping[str, Any]) -> str | None:
+        count = metrics.get("learner/skipped", 0)
+        if not count:
+            return None
+        return f"learner/skipped: {count} updates were left out, their gradients were not finite"
+
+
+def _averages(values: Sequence[float]) -> np.ndarray:
+    if len(values) < _WINDOW:
+        return np.empty(0)
+    return np.convolve(values, np.full(_WINDOW, 1 / _WINDOW), mode="valid")
