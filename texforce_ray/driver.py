@@ -133,28 +133,36 @@ async def _iterate(run: _Run, policy: Policy, baseline: Baseline) -> None:
     """Sample, score, update, publish; with k = 1 the next iteration is sampled meanwhile."""
     config, crew, recorder = run.config, run.crew, run.recorder
     under_way: dict[int, asyncio.Task[ScoredBatch]] = {}
+
+    def sample_ahead() -> None:
+        """Start all iterations whose policy version is there."""
+        furthest = min(policy.version + config.max_staleness, config.iterations - 1)
+        for ahead in range(policy.version, furthest + 1):
+            if ahead not in under_way:
+                units = plan_units(config, run.prompts, ahead)
+                snapshot = policy.snapshots[units[0].policy_version]
+                under_way[ahead] = asyncio.ensure_future(collect(crew, units, snapshot))
+
     try:
         for iteration in range(policy.version, config.iterations):
             recorder.start_iteration()
-            furthest = min(iteration + config.max_staleness, config.iterations - 1)
-            for ahead in range(iteration, furthest + 1):
-                if ahead not in under_way:
-                    units = plan_units(config, run.prompts, ahead)
-                    snapshot = policy.snapshots[units[0].policy_version]
-                    under_way[ahead] = asyncio.ensure_future(collect(crew, units, snapshot))
+            sample_ahead()
             with recorder.phase("rollout_wait"):
                 batch = await under_way.pop(iteration)
             mask = batch.scored & recorder.recorded_mask(batch)
             check_masked(config, batch.rewards, batch.errors, f"iteration {iteration}")
             training = TrainingBatch(batch, mask, *baseline.advantages(batch, mask))
-            recorder.samples(training)
+            await recorder.samples(training)
             with recorder.phase("update"):
                 update = await policy.update(crew, training)
             baseline.commit()
-            if config.eval.every and policy.version % config.eval.every == 0:
-                with recorder.phase("evaluation"):
-                    await _evaluate(run, policy)
-            await recorder.iteration(training, update, policy, baseline, crew)
+            try:
+                if config.eval.every and policy.version % config.eval.every == 0:
+                    with recorder.phase("evaluation"):
+                        await _evaluate(run, policy)
+                sample_ahead()  # actors work while the driver writes
+            finally:  # the version is there: a checkpoint without its line would be a gap for ever
+                await recorder.iteration(training, update, policy, baseline, crew)
             for warning in recorder.take_warnings():
                 run.progress.message(f"warning: {warning}")
             run.progress.update(policy.version, recorder.reward, recorder.samples_per_second)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class Recorder:
         """Masks of an earlier attempt at this iteration: replayed, so that a repeat is the same."""
         return self.directory.recorded_mask(batch.iteration, batch.seeds)
 
-    def samples(self, training: TrainingBatch) -> None:
+    async def samples(self, training: TrainingBatch) -> None:
         """The iteration's parquet file; written before the update, so that its masks are kept."""
         batch = training.scored
         columns: dict[str, Any] = {
@@ -78,7 +79,7 @@ class Recorder:
             "advantage": training.advantages,
             "masked": ~training.mask,
         }
-        self.directory.write_samples(batch.iteration, columns)
+        await _in_thread(self.directory.write_samples, batch.iteration, columns)
 
     def base_evaluation(self, result: Evaluation, *, new: bool) -> None:
         """The base model's scores and, in a new run, its grid: later evaluations drift from it."""
@@ -141,7 +142,7 @@ class Recorder:
             "actors/restarts": crew.restarts,
             **crew.scoring_statistics(),
         }
-        self.directory.metrics.append(batch.iteration, metrics)
+        await _in_thread(self.directory.metrics.append, batch.iteration, metrics)
         self._warnings = self._watch.look({"iteration": batch.iteration, **metrics})
         self._evaluation = {}
         due = policy.version % self.config.checkpoint.every == 0
@@ -194,7 +195,8 @@ class Recorder:
         """Write the current version, note it if it is the best, delete what is not kept."""
         path = self.directory.path
         if not is_complete(checkpoint_path(path, policy.version)):
-            save_checkpoint(path, await policy.checkpoint(baseline.statistics.buffers))
+            state = await policy.checkpoint(baseline.statistics.buffers)
+            await _in_thread(save_checkpoint, path, state)
         if self._best is not None:
             mark_best(path, policy.version, self._best)
             self._best = None
@@ -253,6 +255,19 @@ class Recorder:
                 [base.total[:shown].tolist(), tuned.total[:shown].tolist()],
             )
         self.directory.report()
+
+
+async def _in_thread(function: Callable[..., Any], *given: Any) -> None:
+    """Wait for the disk without keeping the actors waiting; never leave it half-way.
+
+    A second writer that starts while the first goes on unseen would be worse than a late stop.
+    """
+    job = asyncio.ensure_future(asyncio.to_thread(function, *given))
+    try:
+        await asyncio.shield(job)
+    except asyncio.CancelledError:
+        await asyncio.wait([job])
+        raise
 
 
 def _utilisation(batch: ScoredBatch, update: Mapping[str, Any]) -> dict[str, float]:

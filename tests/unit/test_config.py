@@ -234,7 +234,8 @@ def test_placement_may_change_on_resume_and_nothing_else() -> None:
 def test_only_what_the_learning_may_need_changes_on_resume(tmp_path: Path) -> None:
     before = Config()
     tuned = ["optimizer.lr=1e-5", "ppo.kl_weight=0.1", "iterations=30", "rewards.0.weight=2"]
-    changes = check_same(before, load_config(None, tuned), tmp_path)
+    rewards = {"rewards": [{"name": "shapes"}]}
+    changes = check_same(before, load_config(None, tuned, base=rewards), tmp_path)
     assert changes == {
         "iterations": (20, 30),
         "optimizer.lr": (3e-4, 1e-5),
