@@ -6,7 +6,7 @@ PY := .venv/bin/python
 SEEDS ?= 0
 RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help setup demo test test-slow lint types check paper-shapes paper-page bench clean
+.PHONY: help setup demo test test-slow lint types check paper-shapes paper-page bench chaos audit clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -46,6 +46,13 @@ paper-page: setup  ## write that page again from the results that are kept
 
 bench: setup  ## all measurements: benchmarks/results/bench.md and bench.json
 	@$(PY) benchmarks/run_all.py
+
+chaos: setup  ## 200 faults of all kinds, a table of what came of them; goes on where it stopped
+	@PYTHONPATH=. $(PY) tests/chaos/drill.py --faults 200 --out runs/chaos
+	@PYTHONPATH=. $(PY) tests/chaos/torture.py --kills 200
+
+audit: setup  ## known vulnerabilities of the pinned packages (needs the network)
+	@$(UV) pip freeze --python $(PY) --exclude-editable > .tools/frozen.txt && $(UV) tool run pip-audit --disable-pip --no-deps -r .tools/frozen.txt
 
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf .venv .tools .mypy_cache .ruff_cache .pytest_cache

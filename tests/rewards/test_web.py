@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from texforce_ray.errors import RewardError
+from texforce_ray.rewards import serve
 from texforce_ray.rewards.base import checked_scores
 from texforce_ray.rewards.http_client import HttpReward
 from texforce_ray.rewards.images import from_png, to_png
@@ -101,6 +102,29 @@ def test_a_served_reward_scores_as_it_does_at_home() -> None:
         assert httpx.get(url + "health").json() == {"reward": "jpeg"}
     finally:
         del os.environ["TEST_REWARD_TOKEN"]
+        server.shutdown()
+
+
+def test_a_request_cannot_take_more_than_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = RewardService(("127.0.0.1", 0), "jpeg", JpegIncompressibility())
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/"
+    image = to_png(_images(1)[0])
+    request = {"images": [image] * 3, "prompts": ["a"] * 3}
+    try:
+        monkeypatch.setattr(serve, "MAX_PIXELS", 2 * 32 * 48 + 10)  # two of the three
+        answer = httpx.post(url, json=request)
+        assert answer.status_code == 400
+        assert "too large" in answer.json()["error"]
+        monkeypatch.undo()
+        for _ in range(serve.MAX_CONNECTIONS):
+            server.places.acquire()
+        assert httpx.post(url, json=request).status_code == 503
+        server.places.release()
+        assert httpx.post(url, json=request).status_code == 200
+        monkeypatch.setattr(serve, "MAX_REQUEST", 100)
+        assert httpx.post(url, json=request).status_code == 413
+    finally:
         server.shutdown()
 
 

@@ -30,6 +30,8 @@ from texforce_ray.rewards.images import from_png
 log = logging.getLogger(__name__)
 
 MAX_REQUEST = 256_000_000  # bytes
+MAX_PIXELS = 128_000_000  # of all images of a request: a small PNG can hold a very large image
+MAX_CONNECTIONS = 32  # requests at a time; each holds its body in memory
 
 
 class RewardService(ThreadingHTTPServer):
@@ -43,6 +45,7 @@ class RewardService(ThreadingHTTPServer):
         super().__init__(address, _Handler)
         self.name, self.reward, self.token = name, reward, token
         self.lock = threading.Lock()  # rewards need not be thread-safe
+        self.places = threading.BoundedSemaphore(MAX_CONNECTIONS)
 
     def scores(self, request: Any) -> list[float | None]:
         """Scores for a decoded request.
@@ -62,7 +65,10 @@ class RewardService(ThreadingHTTPServer):
                 f"{len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata: "
                 "should be equally many"
             )
-        decoded = [from_png(image) for image in images]
+        decoded, left = [], MAX_PIXELS
+        for image in images:
+            decoded.append(from_png(image, max_pixels=left))
+            left -= decoded[-1].shape[0] * decoded[-1].shape[1]
         if len({image.shape for image in decoded}) > 1:
             raise ValueError("all images of a request should have the same size")
         with self.lock:
@@ -92,6 +98,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not length.isdigit() or int(length) > MAX_REQUEST:
             self._refuse(413, f"Content-Length should be at most {MAX_REQUEST:,}")
             return
+        if not self.server.places.acquire(blocking=False):
+            self._refuse(503, f"{MAX_CONNECTIONS} requests are being answered; try again")
+            return
         try:
             self._answer(
                 200, {"scores": self.server.scores(json.loads(self.rfile.read(int(length))))}
@@ -101,6 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
         except Exception as error:  # the reward is anyone's code: the client must hear of it
             log.exception("reward %s failed", self.server.name)
             self._answer(500, {"error": f"{type(error).__name__}: {error}"})
+        finally:
+            self.server.places.release()
 
     def _refuse(self, code: int, why: str) -> None:
         self.close_connection = True  # the body is not read
