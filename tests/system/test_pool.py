@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +14,8 @@ import numpy as np
 import pytest
 import ray
 
-from texforce_ray.actors.messages import pack_images
-from texforce_ray.actors.pool import ActorPool
+from texforce_ray.actors.messages import pack_images, whereabouts
+from texforce_ray.actors.pool import ActorPool, Budget
 from texforce_ray.actors.reward import RewardServer
 from texforce_ray.errors import ActorError, ConfigError, PeerLostError, RewardError
 
@@ -26,12 +28,14 @@ def cluster() -> Iterator[None]:
 
 
 class Worker:
+    """Answers as an actor does."""
+
     def __init__(self, error: str | None = None) -> None:
         if error:
             raise ConfigError(error)
 
     def ready(self) -> str:
-        return "here"
+        return whereabouts("cpu")
 
     def work(self, value: int) -> tuple[int, int]:
         return value, value * 10
@@ -41,6 +45,10 @@ class Worker:
             open(marker, "w").close()
             os._exit(1)
         return 7
+
+    def die_loudly(self) -> None:
+        print("the disk is on fire", file=sys.stderr, flush=True)
+        os._exit(3)
 
     def hang_once(self, marker: str) -> int:
         if not os.path.exists(marker):
@@ -98,6 +106,28 @@ def test_a_killed_actor_is_restarted_and_its_task_done_again(tmp_path: Any) -> N
     workers = pool()
     assert run(workers, "die_once", str(tmp_path / "died")) == 7
     assert workers.restarts == 1
+
+
+def test_who_died_where_and_what_it_wrote_last_is_said(tmp_path: Any) -> None:
+    with pytest.raises(ActorError) as caught:
+        run(pool(retries=0), "die_loudly")
+    message = str(caught.value)
+    assert re.match(r"worker-0 \(cpu, pid \d+ on [\d.]+\) failed at doing die_loudly", message)
+    assert "after 1 tries: the actor died" in message
+    assert "the disk is on fire" in message
+
+
+def test_a_run_has_a_budget_of_failures(tmp_path: Any) -> None:
+    workers, budget = pool(), Budget(1)
+    workers.budget = budget
+    assert run(workers, "die_once", str(tmp_path / "first")) == 7
+    with pytest.raises(ActorError, match=r"failed 2 times in this run \(ray\.max_run_restarts"):
+        run(pool_of(workers), "die_once", str(tmp_path / "second"))
+
+
+def pool_of(other: ActorPool) -> ActorPool:
+    """The same actors and budget, for another event loop."""
+    return ActorPool("worker", other.actors, retries=2, budget=other.budget)
 
 
 def test_a_hanging_actor_is_killed_and_its_task_done_again(tmp_path: Any) -> None:

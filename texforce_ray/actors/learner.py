@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from texforce_ray.actors.messages import whereabouts
 from texforce_ray.actors.rollout import quiet_libraries
 from texforce_ray.config import Config
 from texforce_ray.model.snapshot import LearnerState, PolicySnapshot
@@ -54,7 +54,7 @@ class LearnerActor:
 
     def ready(self) -> str:
         """Device and process, for log messages."""
-        return f"{self.learner.backbone.device}, pid {os.getpid()}"
+        return whereabouts(self.learner.backbone.device)
 
     def meeting(self) -> str | None:
         """Where this learner has met the others, if it has."""

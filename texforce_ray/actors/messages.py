@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -46,6 +47,13 @@ class Scores(NamedTuple):
     scores: list[float] | None
     error: str | None
     seconds: float
+
+
+def whereabouts(device: object) -> str:
+    """This process, for messages about it: device, pid and node."""
+    import ray
+
+    return f"{device}, pid {os.getpid()} on {ray.util.get_node_ip_address()}"
 
 
 def pack_images(images: np.ndarray) -> ImagePayload:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -78,6 +79,7 @@ class ActorPool:
         self._doing: dict[int, tuple[str, float]] = {}
         self._joining: dict[int, asyncio.Task[str]] = {}
         self._present: set[int] = set()
+        self._who: dict[int, str] = {}  # as each said when it started
         self._errors: dict[int, ActorError | TexForceError] = {}  # of actors that are gone for good
         self._idle: asyncio.Queue[int] = asyncio.Queue()
 
@@ -225,6 +227,7 @@ class ActorPool:
                 self._idle.put_nowait(_NOBODY)
             raise found from None
         self._present.add(index)
+        self._who[index] = answer
         self._idle.put_nowait(index)
         return answer
 
@@ -260,11 +263,13 @@ class ActorPool:
         self._note(index, task, error, timeout, last)
 
     def _note(self, index: int, task: str, error: Exception, timeout: float, last: bool) -> None:
-        cause = _cause(error, timeout)
-        self.budget.spend(f"{self.name}-{index} at {task}: {cause}")
+        who = self._who.get(index, "")
+        cause = f"{_cause(error, timeout)}{_log_tail(who)}"
+        name = f"{self.name}-{index} ({who})" if who else f"{self.name}-{index}"
+        self.budget.spend(f"{name} at {task}: {cause}")
         if last:
             raise ActorError(
-                f"{self.name}-{index} failed at {task} after {self.retries + 1} tries: {cause}"
+                f"{name} failed at {task} after {self.retries + 1} tries: {cause}"
             ) from None
         log.warning("%s-%d failed at %s (%s); trying again", self.name, index, task, cause)
         self.restarts += 1
@@ -340,30 +345,16 @@ def _cause(error: BaseException, timeout: float) -> str:
         return f"no answer within {timeout:.0f} s"
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     if isinstance(error, RayActorError):
-        where, tail = _place(lines), _log_tail(lines)
-        return " ".join(
-            ["the actor died", *where, "-", *([lines[-1].strip()] if lines else []), *tail]
-        )
+        return f"the actor died: {lines[-1].strip()}" if lines else "the actor died"
     return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
 
 
-def _place(lines: Sequence[str]) -> list[str]:
-    """Process and node of a dead actor, as Ray's message names them."""
-    facts = dict(line.strip().split(": ", 1) for line in lines if ": " in line)
-    return [
-        f"({name} {facts[key]})" for key, name in (("pid", "pid"), ("ip", "node")) if key in facts
-    ]
-
-
-def _log_tail(lines: Sequence[str]) -> list[str]:
-    """The last lines that a dead actor wrote, where its log lies on this machine."""
-    pid = next((line.split(": ", 1)[1] for line in lines if line.strip().startswith("pid: ")), None)
-    if pid is None or not pid.strip().isdigit():
-        return []
+def _log_tail(who: str) -> str:
+    """The last lines that an actor wrote to its error log, where that lies on this machine."""
+    pid = re.search(r"pid (\d+)", who)
     logs = Path(tempfile.gettempdir()) / "ray" / "session_latest" / "logs"
-    for path in logs.glob(f"worker-*-{pid.strip()}.err"):
+    for path in logs.glob(f"worker-*-{pid[1]}.err") if pid else ():
         with contextlib.suppress(OSError):
-            text = path.read_text(errors="replace").strip().splitlines()
-            if text:
-                return ["| last lines:", " / ".join(line.strip() for line in text[-_LOG_LINES:])]
-    return []
+            if lines := path.read_text(errors="replace").strip().splitlines()[-_LOG_LINES:]:
+                return f" | its last lines: {' / '.join(line.strip() for line in lines)}"
+    return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import time
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from texforce_ray.actors.messages import ImagePayload, Scores, unpack_images
+from texforce_ray.actors.messages import ImagePayload, Scores, unpack_images, whereabouts
 from texforce_ray.rewards.base import checked_scores, load_reward
 
 
@@ -24,7 +23,7 @@ class RewardServer:
 
     def ready(self) -> str:
         """The process, for log messages."""
-        return f"pid {os.getpid()}, {sys.executable}"
+        return whereabouts(sys.executable)
 
     def memory(self) -> dict[str, float]:
         """Peak memory in MB: of the process, and on the GPU if torch is there and has one."""

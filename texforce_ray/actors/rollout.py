@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from texforce_ray.actors.messages import ImagePayload, Info, WorkUnit, pack_images
+from texforce_ray.actors.messages import ImagePayload, Info, WorkUnit, pack_images, whereabouts
 from texforce_ray.config import Config
 from texforce_ray.model.snapshot import PolicySnapshot
 
@@ -69,7 +68,7 @@ class RolloutActor:
 
     def ready(self) -> str:
         """Device and process, for log messages."""
-        return f"{self.backbone.device}, pid {os.getpid()}"
+        return whereabouts(self.backbone.device)
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
         """How many prompts are longer than the encoder's limit."""
