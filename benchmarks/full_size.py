@@ -56,10 +56,12 @@ def make_pipeline(folder: Path, size: str) -> None:
         sample_size=512 if full else 16,
         scaling_factor=0.18215,
     )
+    tokenizer = build_tokenizer(vocabulary())
+    tokenizer.model_max_length = text.max_position_embeddings  # 77, as CLIP's
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(text),
-        tokenizer=build_tokenizer(vocabulary()),
+        tokenizer=tokenizer,
         unet=unet,
         scheduler=DDIMScheduler(
             beta_start=0.00085,

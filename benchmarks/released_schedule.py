@@ -16,7 +16,7 @@ from texforce_ray import randomness
 from texforce_ray.diffusion import ddim
 from texforce_ray.diffusion.sampler import draw_noise
 from texforce_ray.diffusion.trajectory import Trajectory, concatenate
-from texforce_ray.model.backbone import Backbone, Conditioning
+from texforce_ray.model.backbone import DTYPES, Backbone, Conditioning
 from texforce_ray.rl import ppo
 from texforce_ray.rl.learner import Learner
 from texforce_ray.rl.trainer import UpdateBatch
@@ -32,6 +32,7 @@ class ReleasedSchedule:
         self.backbone: Backbone = learner.backbone
         self.table = learner.table
         self.scale = learner.config.diffusion.guidance_scale
+        self.storage = DTYPES[learner.config.diffusion.storage_dtype]
 
     def _mean(self, ids: Sequence[Tensor], x: Tensor, step: Tensor) -> Tensor:
         """Encode both prompts, predict, guide: all of it at each call."""
@@ -70,7 +71,7 @@ class ReleasedSchedule:
             empty = backbone.encode(backbone.tokenize([""] * len(prompts)).ids)
             conditioning = Conditioning.cat([empty, conditioning])
         start, *noise = draw_noise(backbone, seeds, len(table.timesteps))
-        x = start * backbone.init_noise_sigma
+        x = (start * backbone.init_noise_sigma).to(self.storage).float()
         latents, log_probs = [x], []
         for index in range(len(table.timesteps)):
             step = torch.full((len(prompts),), index, device=x.device)
@@ -83,12 +84,12 @@ class ReleasedSchedule:
             else:
                 output = backbone.predict(x, timesteps, conditioning).float()
             mean = ddim.step_mean(table, step, x, output)
-            x = ddim.add_noise(table, step, mean, noise[index])
+            x = ddim.add_noise(table, step, mean, noise[index]).to(self.storage).float()
             latents.append(x)
             log_probs.append(ddim.log_prob(table, step, x, mean))
         trajectory = Trajectory(
             prompt_ids=tuple(part.numpy() for part in ids),
-            latents=torch.stack(latents, 1).cpu().numpy(),
+            latents=torch.stack(latents, 1).to(self.storage).cpu().numpy(),
             timesteps=table.timesteps.cpu().numpy(),
             log_probs=torch.stack(log_probs, 1).cpu().numpy(),
             prompts=tuple(prompts),
@@ -98,19 +99,18 @@ class ReleasedSchedule:
         return trajectory, backbone.decode(x)
 
     def update(self, batch: UpdateBatch) -> None:
-        """All minibatches of one iteration."""
+        """All epochs and minibatches of one iteration, those of the learner."""
         config, learner = self.config, self.learner
         steps = randomness.trained_steps(
             config.seed,
             learner.version,
             len(batch),
-            self.table.trainable,
+            learner._trainable_steps(),
             config.trained_timesteps,
         )
-        for rows in randomness.minibatches(
-            config.seed, learner.version, 0, len(batch), config.ppo.num_minibatches
-        ):
-            learner._apply(self.gradient(batch, rows, steps))
+        for epoch in range(config.ppo.epochs):
+            for rows in learner._minibatches(batch, epoch):
+                learner._apply(self.gradient(batch, rows, steps))
         learner.version += 1
 
     def gradient(self, batch: UpdateBatch, rows: np.ndarray, steps: np.ndarray) -> list[Tensor]:

@@ -54,11 +54,15 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def sample_flops(backbone: Backbone, steps: int, guidance_scale: float) -> int:
-    """Of one sampled image: all its passes through the U-Net, and the decoder."""
+    """Of one sampled image: all its passes through the U-Net, and the decoder.
+
+    Without what prompts share: text encoder, cross-attention's keys and values.
+    """
     passes = steps * (2 if guidance_scale > 1 else 1)
     x, timestep, given = _one(backbone)
     with torch.no_grad():
-        unet = count_flops(lambda: backbone.predict(x, timestep, given))
+        prepared, rows = backbone.prepare(given), np.zeros(1, dtype=np.int64)
+        unet = count_flops(lambda: backbone.predict_prepared(x, timestep, prepared, rows))
         return passes * unet + count_flops(lambda: backbone.decode(x))
 
 
