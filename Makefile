@@ -50,6 +50,7 @@ bench: setup  ## all measurements: benchmarks/results/bench.md and bench.json
 chaos: setup  ## 200 faults of all kinds, a table of what came of them; goes on where it stopped
 	@PYTHONPATH=. $(PY) tests/chaos/drill.py --faults 200 --out runs/chaos
 	@PYTHONPATH=. $(PY) tests/chaos/torture.py --kills 200
+	@PYTHONPATH=. $(PY) tests/chaos/soak.py --iterations 300
 
 audit: setup  ## known vulnerabilities of the pinned packages (needs the network)
 	@$(UV) pip freeze --python $(PY) --exclude-editable > .tools/frozen.txt && $(UV) tool run pip-audit --disable-pip --no-deps -r .tools/frozen.txt
