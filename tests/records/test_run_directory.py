@@ -40,6 +40,17 @@ def test_a_resume_that_changes_nothing_notes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "changes.jsonl").exists()
 
 
+def test_what_a_killed_process_had_begun_is_removed(tmp_path: Path) -> None:
+    _start(tmp_path)
+    (tmp_path / "samples").mkdir(exist_ok=True)
+    (tmp_path / "samples" / ".iteration-00002.parquet.dc87635b.tmp").write_bytes(b"PAR1")
+    (tmp_path / "checkpoints" / ".step-00003.tmp").mkdir(parents=True)
+    (tmp_path / "samples" / "iteration-00001.parquet").write_bytes(b"whole")
+    RunDirectory.reopen(read_config(tmp_path), 1).close()
+    assert not list(tmp_path.rglob(".*.tmp"))
+    assert (tmp_path / "samples" / "iteration-00001.parquet").read_bytes() == b"whole"
+
+
 def test_other_prompts_are_refused(tmp_path: Path) -> None:
     _start(tmp_path)
     with pytest.raises(RunDirectoryError, match="prompts"):

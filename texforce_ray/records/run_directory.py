@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,12 +132,22 @@ def _open(path: Path, start: int, files: Mapping[str, str]) -> RunDirectory:
     check_writable(path)
     lock = _acquire(path)
     try:
+        _sweep(path)
         for name, text in files.items():
             atomic_write_text(path / name, text)
         return RunDirectory(path, lock, start)
     except BaseException:
         os.close(lock)  # a notebook's process lives on and may try again
         raise
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a killed process had begun to write: whole files never have such names."""
+    for stale in path.rglob(".*.tmp"):
+        if stale.is_dir():
+            shutil.rmtree(stale, ignore_errors=True)
+        else:
+            stale.unlink(missing_ok=True)
 
 
 def _acquire(path: Path) -> int:
