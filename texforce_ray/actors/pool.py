@@ -352,8 +352,10 @@ def _cause(error: BaseException, timeout: float) -> str:
 def _log_tail(who: str) -> str:
     """The last lines that an actor wrote to its error log, where that lies on this machine."""
     pid = re.search(r"pid (\d+)", who)
-    logs = Path(tempfile.gettempdir()) / "ray" / "session_latest" / "logs"
-    for path in logs.glob(f"worker-*-{pid[1]}.err") if pid else ():
+    sessions = Path(tempfile.gettempdir()) / "ray"
+    found = sessions.glob(f"session_2*/logs/worker-*-{pid[1]}.err") if pid else ()
+    # Numbers of processes come again: the newest session's file is meant.
+    for path in sorted(found, key=lambda p: p.parts, reverse=True)[:1]:
         with contextlib.suppress(OSError):
             if lines := path.read_text(errors="replace").strip().splitlines()[-_LOG_LINES:]:
                 return f" | its last lines: {' / '.join(line.strip() for line in lines)}"
