@@ -91,7 +91,6 @@ def write_for_ever(run_dir: Path, first: int, acknowledge: int) -> None:
 
 def torture(run_dir: Path, kills: int, seed: int) -> Outcome:
     """Kill, look, go on from what is there."""
-    logging.getLogger("texforce_ray").setLevel(logging.ERROR)
     rng, outcome, first, acknowledged = random.Random(seed), Outcome(), 1, 0
     for _ in range(kills):
         reading, writing = os.pipe()
@@ -124,6 +123,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    logging.getLogger("texforce_ray").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         outcome = torture(Path(folder), options.kills, options.seed)
     print(

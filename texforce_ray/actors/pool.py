@@ -206,19 +206,21 @@ class ActorPool:
 
     def _start(self) -> None:
         if not self._joining:
-            self._rejoin(range(len(self.actors)))
+            self._rejoin(range(len(self.actors)), again=False)
 
-    def _rejoin(self, indices: Sequence[int]) -> None:
+    def _rejoin(self, indices: Sequence[int], *, again: bool = True) -> None:
         for index in indices:
             self._present.discard(index)
-            self._joining[index] = asyncio.ensure_future(self._join(index))
+            self._joining[index] = asyncio.ensure_future(self._join(index, again=again))
             self._joining[index].add_done_callback(_retrieved)
 
-    async def _join(self, index: int) -> str:
+    async def _join(self, index: int, *, again: bool) -> str:
         """Wait for an actor to start, however long the cluster takes; then it gets work."""
         try:
-            # Unlike a task, this harmless call may wait for and survive a restart.
-            ref = self.actors[index].ready.options(max_task_retries=-1).remote()
+            # Unlike a task, this harmless call may wait for and survive a restart. At first it must
+            # not: Ray would print a constructor's error at each of its tries.
+            retries = -1 if again else 0
+            ref = self.actors[index].ready.options(max_task_retries=retries).remote()
             answer = await asyncio.wrap_future(ref.future())
         except RayError as error:
             found = readable(f"{self.name}-{index}", "start", error)
