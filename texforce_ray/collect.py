@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 class ScoredBatch:
     """N samples of one iteration, in index order, with R rewards.
 
-    trajectories: one ref per unit of work; never fetched by the driver.
+    units: the work that they come from; trajectories: one ref for each unit, never fetched by the
+    driver.
     rewards: float64 [N, R], raw, NaN where a sample could not be scored.
     errors: the last error of each reward that had one.
     rollouts: what the rollout actors say of each unit.
@@ -36,6 +37,7 @@ class ScoredBatch:
     policy_version: int
     prompts: tuple[str, ...]
     seeds: np.ndarray
+    units: tuple[WorkUnit, ...]
     trajectories: tuple[ObjectRef, ...]
     rewards: np.ndarray
     errors: dict[str, str]
@@ -99,6 +101,7 @@ async def collect(crew: Crew, units: Sequence[WorkUnit], policy: ObjectRef) -> S
         policy_version=units[0].policy_version,
         prompts=tuple(prompt for part in parts for prompt in part.prompts),
         seeds=np.concatenate([part.seeds for part in parts]),
+        units=tuple(units),
         trajectories=tuple(ref for part in parts for ref in part.trajectories),
         rewards=np.concatenate([part.rewards for part in parts]),
         errors=errors,
@@ -108,20 +111,32 @@ async def collect(crew: Crew, units: Sequence[WorkUnit], policy: ObjectRef) -> S
 
 
 async def _sample_and_score(crew: Crew, unit: WorkUnit, policy: ObjectRef) -> ScoredBatch:
-    async with crew.unscored:
+    async def attempt() -> tuple[Any, ...]:
         info, trajectory, images = await crew.sample(unit, [policy])
-        rewards, errors, seconds = await score(crew, images, unit.prompts, unit.metadata)
+        return info, trajectory, await score(crew, images, unit.prompts, unit.metadata)
+
+    async with crew.unscored:
+        info, trajectory, (rewards, errors, seconds) = await crew.redo_if_lost(attempt)
     return ScoredBatch(
         iteration=unit.iteration,
         policy_version=unit.policy_version,
         prompts=unit.prompts,
         seeds=unit.seeds,
+        units=(unit,),
         trajectories=(trajectory,),
         rewards=rewards,
         errors=errors,
         rollouts=(info,),
         reward_seconds=seconds,
     )
+
+
+async def sample_again(
+    crew: Crew, units: Sequence[WorkUnit], policy: ObjectRef
+) -> tuple[ObjectRef, ...]:
+    """Trajectories that were lost: who draws a unit again draws the same bits, scored already."""
+    parts = await gather(*(crew.sample(unit, [policy]) for unit in units))
+    return tuple(trajectory for _, trajectory, _ in parts)
 
 
 async def score(

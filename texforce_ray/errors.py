@@ -38,6 +38,10 @@ class ActorError(TexForceError):
     """An actor failed for good: names the actor, its task and the cause."""
 
 
+class LostObjectError(TexForceError):
+    """Data went with the node that held it; whoever asked for it has it made again."""
+
+
 class PeerLostError(TexForceError):
     """A learner lost the others that it works with; all of them are started again."""
 

@@ -99,12 +99,16 @@ async def evaluate(
     ) -> tuple[np.ndarray, dict[str, str], np.ndarray | None, np.ndarray]:
         batch = chosen[first : first + size]
         texts = [p.text for p in batch]
-        async with crew.unscored:
+
+        async def attempt() -> tuple[np.ndarray, dict[str, str], np.ndarray | None, np.ndarray]:
             info, images = await crew.generate(texts, seeds[first : first + size], policy)
             rewards, errors, _ = await score(crew, images, texts, [p.metadata for p in batch])
-        assert info.thumbnails is not None
-        visible = await crew.images(images) if first < shown else None
-        return rewards, errors, visible, info.thumbnails
+            assert info.thumbnails is not None
+            visible = await crew.images(images) if first < shown else None
+            return rewards, errors, visible, info.thumbnails
+
+        async with crew.unscored:
+            return await crew.redo_if_lost(attempt)
 
     parts = await gather(*(part(first) for first in range(0, count, size)))
     rewards = np.concatenate([rewards for rewards, *_ in parts])

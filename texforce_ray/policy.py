@@ -10,7 +10,7 @@ import ray
 from ray import ObjectRef
 
 from texforce_ray.actors.crew import Crew
-from texforce_ray.collect import TrainingBatch
+from texforce_ray.collect import TrainingBatch, sample_again
 from texforce_ray.config import Config
 from texforce_ray.records.checkpoint import Checkpoint
 
@@ -22,16 +22,22 @@ class Policy:
         self.config, self.version = config, version
         self.state, snapshot, self._evaluated = refs
         self.snapshots: dict[int, ObjectRef] = {version: snapshot}
+        # Of each version, the values: a copy on the driver's node outlives the learner's.
+        self._held: dict[int, list[Any]] = {}
 
     @staticmethod
     async def start(crew: Crew, config: Config, checkpoint: Checkpoint | None) -> Policy:
         """Version 0 of a fresh learner, or the version of a checkpoint."""
-        if checkpoint is None:
-            return Policy(config, 0, await crew.initialize([]))
-        state = ray.put(checkpoint.state)
-        refs = await crew.initialize([state])
-        policy = Policy(config, checkpoint.iteration, refs)
-        for snapshot in checkpoint.snapshots:
+        state = [ray.put(checkpoint.state)] if checkpoint else []
+
+        async def attempt() -> Policy:
+            refs = await crew.initialize(state)
+            policy = Policy(config, checkpoint.iteration if checkpoint else 0, refs)
+            policy._held[policy.version] = await crew.fetch(refs)
+            return policy
+
+        policy = await crew.redo_if_lost(attempt)
+        for snapshot in checkpoint.snapshots if checkpoint else ():
             if snapshot.version != policy.version:
                 policy.snapshots[snapshot.version] = ray.put(snapshot)
         return policy
@@ -47,21 +53,32 @@ class Policy:
         """Train on `batch` and publish the next version; returns the learner's metrics."""
         sampled_with = batch.scored.policy_version
         stale = sampled_with != self.version
-        metrics, (state, snapshot, evaluated) = await crew.update(
-            self.version,
-            batch.scored.trajectories,
-            batch.advantages,
-            batch.mask,
-            self.state,
-            [self.snapshots[sampled_with]] if stale else [],
-        )
-        self.state, self._evaluated = state, evaluated
+        behaviour = self.snapshots[sampled_with]
+        known = [batch.scored.trajectories]
+
+        async def attempt() -> tuple[dict[str, Any], tuple[ObjectRef, ...], list[Any]]:
+            if not known:  # a node took some of them along
+                known.append(await sample_again(crew, batch.scored.units, behaviour))
+            metrics, refs = await crew.update(
+                self.version,
+                known.pop(),
+                batch.advantages,
+                batch.mask,
+                self.state,
+                [behaviour] if stale else [],
+            )
+            return metrics, refs, await crew.fetch(refs)
+
+        metrics, refs, held = await crew.redo_if_lost(attempt)
+        self.state, snapshot, self._evaluated = refs
         # Nothing is awaited from here on: the version is either the old one or whole.
         self.version += 1
         self.snapshots[self.version] = snapshot
+        self._held[self.version] = held
         # Nothing still to be sampled names an older one; dropping the reference frees it.
         oldest = max(0, self.version - self.config.max_staleness)
         self.snapshots = {v: ref for v, ref in self.snapshots.items() if v >= oldest}
+        self._held = {v: values for v, values in self._held.items() if v >= oldest}
         return metrics
 
     async def checkpoint(self, prompt_statistics: dict[str, list[float]]) -> Checkpoint:

@@ -7,28 +7,32 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
+from ray.exceptions import RayError
 
 import texforce_ray
 from texforce_ray.actors.colocated import ColocatedActor
 from texforce_ray.actors.environments import chosen
 from texforce_ray.actors.learner import LearnerActor, Membership
-from texforce_ray.actors.messages import ImagePayload, Info, Scores, WorkUnit
-from texforce_ray.actors.pool import ActorPool, Budget, SubmitRank, gather
+from texforce_ray.actors.messages import ImagePayload, Info, Scores, WorkUnit, unpack_images
+from texforce_ray.actors.pool import ActorPool, Budget, SubmitRank, gather, readable
 from texforce_ray.actors.reward import RewardServer
 from texforce_ray.actors.rollout import RolloutActor
 from texforce_ray.actors.scoring import RewardPool
 from texforce_ray.config import Config, RewardConfig
-from texforce_ray.errors import ResourceError
+from texforce_ray.errors import LostObjectError, ResourceError
 from texforce_ray.model.location import adapter_files
 from texforce_ray.rewards import arguments, resolve
 
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 Refs = Sequence[ray.ObjectRef]
 
 # Large tensors come and go with every layer. glibc would give each back to the system and fault its
@@ -49,6 +53,8 @@ def connect(config: Config) -> bool:
     if any(chosen(reward) is not None for reward in config.rewards):
         # Rewards' own environments do not hold this package: it travels with the job.
         options["runtime_env"] = {"py_modules": [str(Path(texforce_ray.__file__).parent)]}
+    # A failed call's first result is awaited and told; Ray would print it again for each other one.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     # Authentication is on, as it should be, and nothing that a user has to be warned of.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     if address is None:
@@ -115,6 +121,7 @@ class Crew:
             reward.key: reward_pool(reward, config, pythons or {}, self.budget)
             for reward in config.rewards
         }
+        self.lost = 0  # tasks done again because a node took their data along
         # Rollouts wait for slow rewards rather than filling the object store with images.
         self.unscored = asyncio.Semaphore(config.rollout.unscored_units)
         self._meeting: str | None = None
@@ -271,10 +278,36 @@ class Crew:
 
     async def images(self, ref: ray.ObjectRef) -> np.ndarray:
         """Fetch images, uint8 [B, H, W, 3]; only for what the driver shows or stores."""
-        from texforce_ray.actors.messages import unpack_images
-
-        payload: ImagePayload = await asyncio.wrap_future(ref.future())
+        payload: ImagePayload = (await self.fetch([ref]))[0]
         return unpack_images(payload)
+
+    async def fetch(self, refs: Refs) -> list[Any]:
+        """The values of a task's large results.
+
+        Raises:
+            LostObjectError: the node that held one of them is gone.
+        """
+        values = gather(*(asyncio.wrap_future(ref.future()) for ref in refs))
+        try:
+            return await asyncio.wait_for(values, self.config.ray.start_timeout_s)
+        except TimeoutError:
+            raise LostObjectError("driver: a result did not arrive") from None
+        except RayError as error:
+            raise readable("driver", "fetching a result", error) from None
+
+    async def redo_if_lost(self, attempt: Callable[[], Awaitable[_T]]) -> _T:
+        """Await `attempt`, again whenever a node takes away what it made or was given.
+
+        Raises:
+            ActorError: too often (ray.max_run_restarts).
+        """
+        while True:
+            try:
+                return await attempt()
+            except LostObjectError as error:
+                self.budget.spend(str(error))
+                self.lost += 1
+                log.warning("%s; making it again", error)
 
 
 async def _soon(ref: ray.ObjectRef) -> Any:

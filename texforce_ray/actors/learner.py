@@ -31,6 +31,13 @@ class Membership(NamedTuple):
     address: str | None = None
 
 
+def units_of(membership: Membership, samples: int, unit: int) -> slice:
+    """The units of work, of `unit` samples each, that hold a learner's share of the samples."""
+    share = samples // membership.size
+    first, end = membership.rank * share, (membership.rank + 1) * share
+    return slice(first // unit, -(-end // unit))
+
+
 class LearnerActor:
     """Trains; what it returns is all that is needed to go on elsewhere."""
 
@@ -103,12 +110,10 @@ class LearnerActor:
         if self.learner.version != version:
             self.learner.load(ray.get(state[0]))
         unit = self.config.rollout.batch_size
-        own = len(mask) // membership.size
-        first = membership.rank * own // unit
-        last = -(-(membership.rank + 1) * own // unit)
-        mine = concatenate(ray.get(list(trajectories[first:last])))
+        own = units_of(membership, len(mask), unit)
+        mine = concatenate(ray.get(list(trajectories[own])))
         fetched = time.perf_counter() - start
-        batch = UpdateBatch(mine, advantages, mask, first * unit)
+        batch = UpdateBatch(mine, advantages, mask, own.start * unit)
         metrics = self.learner.update(batch, ray.get(behaviour[0]) if behaviour else None)
         seconds = time.perf_counter() - start
         if membership.rank:

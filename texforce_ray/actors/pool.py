@@ -18,9 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
-from texforce_ray.errors import ActorError, PeerLostError, TexForceError
+from texforce_ray.errors import ActorError, LostObjectError, PeerLostError, TexForceError
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +36,8 @@ Submit = Callable[[Any], Any]  # calls a method of an actor; gives its ref or re
 SubmitRank = Callable[[int, Any], Any]  # the same, told which actor of the pool it is
 Result = tuple[Any, tuple[ray.ObjectRef, ...]]
 
+# Ray's ways of saying that a process is gone: killed, out of memory, its node lost.
+GONE = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
 _SETTLE_S = 10.0  # after one of several failed, until the others have as well
 _PAUSE_S, _LONGEST_PAUSE_S = 0.1, 10.0
 _LOG_LINES = 5
@@ -121,6 +131,7 @@ class ActorPool:
 
         Raises:
             ActorError: naming actor, task and cause, when the task raised or all tries failed.
+            LostObjectError: what the task was given is lost; trying again would not help.
         """
         self._start()
         for attempt in range(self.retries + 1):
@@ -132,7 +143,7 @@ class ActorPool:
                 result = await _answer(submit(self.actors[index]), timeout)
                 self.last_answer = time.monotonic()
                 return result
-            except (RayActorError, TimeoutError) as error:
+            except (*GONE, TimeoutError) as error:
                 lost = True
                 self._lost(index, task, error, timeout, last=attempt == self.retries)
             except RayError as error:
@@ -170,7 +181,7 @@ class ActorPool:
                 result = (await _together(answers))[0]
                 self.last_answer = time.monotonic()
                 return result
-            except (RayActorError, TimeoutError) as error:
+            except (*GONE, TimeoutError) as error:
                 lost = set(members)
                 dead = [i for i, answer in enumerate(answers) if _died(answer)]
                 for index in members:
@@ -179,7 +190,13 @@ class ActorPool:
                 self._rejoin(members)
                 self._note(dead[0] if dead else 0, task, error, timeout, attempt == self.retries)
             except RayError as error:
-                raise readable(self.name, task, error) from None
+                found = readable(self.name, task, error)
+                if isinstance(found, LostObjectError) and len(members) > 1:
+                    lost = set(members)  # those that lack nothing wait for the one that does
+                    for index in members:
+                        ray.kill(self.actors[index], no_restart=False)
+                    self._rejoin(members)
+                raise found from None
             finally:
                 for index in members:
                     self._doing.pop(index, None)
@@ -303,9 +320,7 @@ async def _together(answers: Sequence[asyncio.Future[Result]]) -> list[Result]:
 
 
 def _died(answer: asyncio.Future[Any]) -> bool:
-    return (
-        answer.done() and not answer.cancelled() and isinstance(answer.exception(), RayActorError)
-    )
+    return answer.done() and not answer.cancelled() and isinstance(answer.exception(), GONE)
 
 
 def _retrieved(task: asyncio.Task[Any]) -> None:
@@ -333,6 +348,8 @@ def readable(name: str, task: str, error: RayError) -> TexForceError:
         cause = getattr(cause, "cause", None) or cause.__cause__ or cause
     if isinstance(cause, TexForceError) and not isinstance(cause, RayError):
         return cause
+    if isinstance(error, ObjectLostError) or isinstance(cause, ObjectLostError):
+        return LostObjectError(f"{name} at {task}: a node is gone, and data that it held")
     for ours in TexForceError.__subclasses__():
         # Ray hands a constructor's error over as text.
         marker = f"texforce_ray.errors.{ours.__name__}: "
@@ -346,7 +363,9 @@ def _cause(error: BaseException, timeout: float) -> str:
     if isinstance(error, TimeoutError):
         return f"no answer within {timeout:.0f} s"
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    if isinstance(error, RayActorError):
+    if isinstance(error, OutOfMemoryError):
+        return "Ray ended it because its node ran out of memory"
+    if isinstance(error, GONE):
         return f"the actor died: {lines[-1].strip()}" if lines else "the actor died"
     return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
 

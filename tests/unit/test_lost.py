@@ -1,0 +1,110 @@
+"""Data that went with a node is made again: never masked, never trained on twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from texforce_ray.actors.crew import Crew
+from texforce_ray.actors.messages import Info, WorkUnit
+from texforce_ray.actors.pool import Budget
+from texforce_ray.actors.scoring import RewardPool
+from texforce_ray.collect import TrainingBatch, collect
+from texforce_ray.config import RewardConfig
+from texforce_ray.config_io import load_config
+from texforce_ray.errors import ActorError, LostObjectError
+from texforce_ray.policy import Policy
+
+CONFIG = load_config("configs/smoke.yaml")
+
+
+class Crowd:
+    """A crew whose nodes vanish on cue; its redo is the real one."""
+
+    def __init__(self, losses: dict[str, int], most: int = 10) -> None:
+        self.config, self.budget, self.lost = CONFIG, Budget(most), 0
+        self.losses = losses
+        self.unscored = asyncio.Semaphore(4)
+        self.drawn: list[int] = []
+        self.given: list[tuple[Any, ...]] = []
+
+    async def redo_if_lost(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
+        return await Crew.redo_if_lost(self, attempt)  # type: ignore[arg-type]
+
+    async def sample(self, unit: WorkUnit, policy: Any) -> tuple[Info, str, str]:
+        self.drawn.append(unit.index)
+        return Info(1.0), f"trajectory {unit.index}, draw {len(self.drawn)}", f"{unit.index}"
+
+    async def score(self, reward: Any, images: str, prompts: Any, metadata: Any) -> Any:
+        self._lose("images")
+        return SimpleNamespace(scores=[float(images)] * len(prompts), error=None, seconds=0.0)
+
+    async def update(self, version: int, trajectories: Any, *_: Any) -> tuple[dict, tuple]:
+        self.given.append(tuple(trajectories))
+        self._lose("trajectories")
+        return {}, ("state", "snapshot", "evaluated")
+
+    async def fetch(self, refs: Any) -> list[Any]:
+        self._lose("state")
+        return list(refs)
+
+    def _lose(self, what: str) -> None:
+        if self.losses.get(what, 0):
+            self.losses[what] -= 1
+            raise LostObjectError(f"the {what}")
+
+
+def _units() -> list[WorkUnit]:
+    return [WorkUnit(0, i, ("a", "b"), ({}, {}), np.arange(2), 0) for i in range(2)]
+
+
+def _collected(crew: Crowd) -> TrainingBatch:
+    batch = asyncio.run(collect(crew, _units(), "snapshot"))  # type: ignore[arg-type]
+    zeros = np.zeros(4)
+    return TrainingBatch(batch, np.ones(4, bool), zeros, zeros)
+
+
+def test_images_that_are_lost_are_drawn_again_and_not_masked() -> None:
+    crew = Crowd({"images": 1})
+    batch = _collected(crew).scored
+    assert batch.rewards[:, 0].tolist() == [0.0, 0.0, 1.0, 1.0]
+    assert batch.scored.all()
+    assert len(crew.drawn) == 3
+    assert crew.lost == 1
+
+
+@pytest.mark.parametrize("what", ["trajectories", "state"])
+def test_a_lost_trajectory_or_state_costs_an_update_again_with_fresh_ones(what: str) -> None:
+    crew = Crowd({what: 2})
+    batch = _collected(crew)
+    policy = Policy(CONFIG, 0, ["state 0", "snapshot 0", "evaluated 0"])  # type: ignore[list-item]
+    asyncio.run(policy.update(crew, batch))  # type: ignore[arg-type]
+    assert policy.version == 1
+    assert policy.state == "state"
+    assert len(crew.given) == 3
+    assert crew.given[0] == batch.scored.trajectories
+    assert len(set(crew.given)) == 3  # drawn again each time
+    assert crew.drawn == [0, 1, 0, 1, 0, 1]
+
+
+def test_losing_for_ever_ends_at_the_budget() -> None:
+    crew = Crowd({"images": 100}, most=5)
+    with pytest.raises(ActorError, match="max_run_restarts allows 5"):
+        _collected(crew)
+
+
+def test_a_reward_does_not_answer_for_what_a_node_took_along() -> None:
+    class Pool:
+        actors = (1,)
+
+        async def run(self, *_: Any) -> Any:
+            raise LostObjectError("gone")
+
+    pool = RewardPool(RewardConfig(name="shapes"), Pool())  # type: ignore[arg-type]
+    with pytest.raises(LostObjectError):
+        asyncio.run(pool.score("images", ["a"], [{}]))  # type: ignore[arg-type]
