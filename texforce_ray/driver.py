@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,12 +40,19 @@ from texforce_ray.model.location import locate_model
 from texforce_ray.policy import Policy
 from texforce_ray.prompts import Prompt, load_prompts
 from texforce_ray.recorder import Recorder
-from texforce_ray.records.checkpoint import Checkpoint, checkpoints, newest_checkpoint
+from texforce_ray.records.checkpoint import (
+    Checkpoint,
+    checkpoints,
+    newest_checkpoint,
+    step_of,
+)
 from texforce_ray.records.progress import Progress
 from texforce_ray.records.run_directory import RunDirectory, check_resumable, digest
 from texforce_ray.rewards import check_differentiable, resolve
 from texforce_ray.rl.baseline import Baseline
 from texforce_ray.signals import cancel_on_signal
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -274,12 +282,15 @@ def _reach(config: Config, cleanup: contextlib.ExitStack) -> None:
 
 def _restore(config: Config) -> Checkpoint | None:
     checkpoint = newest_checkpoint(Path(config.run_dir))
-    if checkpoint is None and checkpoints(Path(config.run_dir)):
+    if checkpoint is not None or not (damaged := checkpoints(Path(config.run_dir))):
+        return checkpoint
+    if step_of(damaged[0]) > config.checkpoint.every:  # there were others before, deleted since
         raise CheckpointError(
             f"no checkpoint in {config.run_dir}/checkpoints is whole; move that folder away to "
             "start from the beginning"
         )
-    return checkpoint
+    log.warning("no checkpoint is whole, the run's first one included: starting it again")
+    return None
 
 
 async def _start(run: _Run, checkpoint: Checkpoint | None) -> Policy:
