@@ -37,7 +37,7 @@ def read_records(path: str, column: str) -> list[Record]:
         )
     try:
         items = readers[file.suffix.lower()](file)
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise PromptError(f"prompt file {path} cannot be read: {error}") from None
     records = [_record(item, column, path, i) for i, item in enumerate(items)]
     kept = [record for record in records if record[0]]
@@ -48,7 +48,7 @@ def read_records(path: str, column: str) -> list[Record]:
 
 def _record(item: Any, column: str, path: str, index: int) -> Record:
     if isinstance(item, str):
-        return item.strip(), {}
+        return _text(item, path, index), {}
     if not isinstance(item, dict):
         raise PromptError(
             f"prompt file {path}, entry {index}: {type(item).__name__} is neither a text nor an "
@@ -60,7 +60,15 @@ def _record(item: Any, column: str, path: str, index: int) -> Record:
             f"{', '.join(map(str, item))}; set 'column' to the one that holds the text"
         )
     rest = {key: value for key, value in item.items() if key not in (column, None)}
-    return str(item[column] or "").strip(), rest
+    return _text(str(item[column] or ""), path, index), rest
+
+
+def _text(text: str, path: str, index: int) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON's escapes can write what is no character
+        raise PromptError(f"prompt file {path}, entry {index}: not valid text: {error}") from None
+    return text.strip()
 
 
 def _lines(file: Path) -> list[str]:

@@ -104,9 +104,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
             _read_snapshot(path / f"snapshot-{i}.safetensors", facts)
             for i, facts in enumerate(meta["snapshots"])
         ]
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        statistics = {k: [float(r) for r in v] for k, v in meta["prompt_statistics"].items()}
+        *earlier, evaluation = snapshots
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
-    return Checkpoint(state, tuple(snapshots[:-1]), snapshots[-1], meta["prompt_statistics"])
+    return Checkpoint(state, tuple(earlier), evaluation, statistics)
 
 
 def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
