@@ -378,6 +378,33 @@ class LearnerConfig(_Section):
     timeout_s: float = placement(7200.0, "deadline of one iteration's updates", gt=0)
 
 
+class PlacementConfig(_Section):
+    """Roles as resources: which nodes may hold which actors.
+
+    Each value names a custom Ray resource that nodes offer, e.g. `ray start --resources
+    '{"rollout": 1}'`. Every actor of the role takes a sliver of it, so any number of them fits.
+    """
+
+    rollout: str | None = placement(
+        None, "custom resource of the nodes for rollout actors, e.g. 'rollout'; null: any node"
+    )
+    reward: str | None = placement(None, "custom resource of the nodes for reward servers")
+    learner: str | None = placement(None, "custom resource of the nodes for learners")
+
+    @model_validator(mode="after")
+    def _custom(self) -> PlacementConfig:
+        for role in ("rollout", "reward", "learner"):
+            name = getattr(self, role)
+            if name is not None and (name != name.strip() or not name):
+                raise ValueError(f"{role}: {name!r} is no name of a resource; null: any node")
+            if name in ("CPU", "GPU", "memory", "object_store_memory"):
+                raise ValueError(
+                    f"{role}: {name!r} is not a custom resource: every node has it. Start nodes "
+                    f"with e.g. --resources '{{\"{role}\": 1}}' and name that"
+                )
+        return self
+
+
 class EvalConfig(_Section):
     """Evaluation on prompts and seeds that are never trained on."""
 
@@ -423,6 +450,45 @@ class RayConfig(_Section):
     )
     environment_timeout_s: float = placement(1800.0, "deadline of building one", gt=0)
     dashboard: bool = placement(False, "start the dashboard with a new local cluster")
+    autoscale: Literal["auto"] | bool = placement(
+        "auto",
+        "ask the cluster's autoscaler for what the run needs and give it back at the end; 'auto': "
+        "where one is at work",
+    )
+    autoscale_timeout_s: float = placement(
+        900.0, "how long to wait for room where an autoscaler is adding nodes", gt=0
+    )
+
+
+class WandbConfig(_Section):
+    """A run at Weights & Biases. Its key comes from WANDB_API_KEY or `wandb login`."""
+
+    project: str = placement("texforce", "project in which the run appears", min_length=1)
+    name: str | None = placement(None, "name of the run; default: that of the run directory")
+    entity: str | None = placement(None, "user or team; default: the key's own")
+    mode: Literal["online", "offline"] = placement(
+        "online", "'offline': into RUN_DIR/wandb alone, to be sent later by `wandb sync`"
+    )
+
+
+class MlflowConfig(_Section):
+    """A run of an MLflow experiment. Keys come from the environment (MLFLOW_TRACKING_TOKEN)."""
+
+    uri: str | None = placement(
+        None, "tracking server, e.g. http://mlflow:5000; null: files in RUN_DIR/mlflow"
+    )
+    experiment: str = placement("texforce", "experiment; made if missing", min_length=1)
+
+
+class TrackConfig(_Section):
+    """Where metrics and grids go besides the run directory and its TensorBoard files."""
+
+    wandb: WandbConfig | None = placement(
+        None, "Weights & Biases; {}: defaults. Needs: pip install 'texforce-ray[wandb]'"
+    )
+    mlflow: MlflowConfig | None = placement(
+        None, "MLflow; {}: defaults. Needs: pip install 'texforce-ray[mlflow]'"
+    )
 
 
 def _as_list(value: Any) -> Any:
@@ -460,6 +526,18 @@ class Config(_Section):
         default_factory=CheckpointConfig, description="what is kept"
     )
     ray: RayConfig = Field(default_factory=RayConfig, description="how to reach Ray")
+    track: TrackConfig = Field(default_factory=TrackConfig, description="trackers")
+    profile: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_list)] = (
+        placement(
+            (),
+            "iterations, counted from 0, that are profiled into RUN_DIR/profile; what is profiled "
+            "is slower",
+        )
+    )
+    # Last: its name hides the function of that name in the rest of this class.
+    placement: PlacementConfig = Field(
+        default_factory=PlacementConfig, description="which nodes may hold which actors"
+    )
 
     @property
     def samples_per_iteration(self) -> int:
@@ -546,6 +624,16 @@ class Config(_Section):
         ):
             raise ValueError(
                 "learner.colocated: needs rollout.num_workers = 1 and learner.num_workers = 1"
+            )
+        if self.learner.colocated and self.placement.learner not in (None, self.placement.rollout):
+            raise ValueError(
+                f"placement.learner: {self.placement.learner!r} means nothing with "
+                "learner.colocated, where the learner lives in the rollout actor; leave it null"
+            )
+        if late := [i for i in self.profile if i >= self.iterations]:
+            raise ValueError(
+                f"profile: there is no iteration {late[0]}: they are counted from 0 to "
+                f"{self.iterations - 1}"
             )
         if (self.rollout.min_workers or 1) > self.rollout.num_workers:
             raise ValueError(

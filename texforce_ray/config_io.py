@@ -19,6 +19,8 @@ def load_config(
 ) -> Config:
     """Read a YAML file and dotted overrides (`key.sub=value`) into a checked `Config`.
 
+    A `path` where there is no file may name a shipped config: 'shapes', 'paper/table3-unet'.
+
     Raises:
         ConfigError: naming every wrong key, what it got, and what would be right.
     """
@@ -29,7 +31,8 @@ def load_config(
     try:
         tree = OmegaConf.create(base or {})
         if path is not None:
-            if not Path(path).is_file():
+            path = _found(path)
+            if not path.is_file():
                 raise ConfigError(f"config file {path} does not exist{_similar_configs(path)}")
             loaded = OmegaConf.load(path)
             if not OmegaConf.is_dict(loaded):
@@ -123,10 +126,32 @@ def _did_you_mean(key: str) -> str:
     return f"; did you mean {'.'.join(meant)}?"
 
 
+def shipped_configs() -> Path:
+    """The folder of shipped configs: in a wheel inside the package, in a checkout beside it."""
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def _found(path: str | Path) -> Path:
+    """The file, or the shipped config of that name: 'shapes', or 'configs/shapes.yaml' anywhere."""
+    path = Path(path)
+    if path.is_file() or path.is_absolute():
+        return path
+    shipped = shipped_configs() / path.relative_to("configs" if "configs" in path.parts[:1] else "")
+    for candidate in (shipped, Path(f"{shipped}.yaml")):
+        if candidate.is_file():
+            return candidate
+    return path
+
+
 def _similar_configs(path: str | Path) -> str:
     folder = Path(path).parent
     found = sorted(p.name for p in folder.glob("*.yaml")) if folder.is_dir() else []
-    return f"; {folder} holds {', '.join(found)}" if found else ""
+    if found:
+        return f"; {folder} holds {', '.join(found)}"
+    names = sorted(str(p.relative_to(shipped_configs())) for p in shipped_configs().rglob("*.yaml"))
+    return f"; shipped are {', '.join(name.removesuffix('.yaml') for name in names)}"
 
 
 def resolve_run_dir(config: Config, under_ray_job: bool | None = None) -> Config:

@@ -19,6 +19,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from texforce_ray.actors.autoscaling import Autoscaler
 from texforce_ray.actors.crew import Crew, Roles, connect
 from texforce_ray.actors.environments import chosen, prepare_environments
 from texforce_ray.actors.placement import wait_for_room
@@ -37,6 +38,7 @@ from texforce_ray.config_io import resolve_run_dir
 from texforce_ray.errors import CheckpointError, Interrupted, TexForceError
 from texforce_ray.evaluation import compare, evaluate
 from texforce_ray.model.location import locate_model
+from texforce_ray.monitor import Monitor
 from texforce_ray.policy import Policy
 from texforce_ray.prompts import Prompt, load_prompts
 from texforce_ray.recorder import Recorder
@@ -48,6 +50,7 @@ from texforce_ray.records.checkpoint import (
 )
 from texforce_ray.records.progress import Progress
 from texforce_ray.records.run_directory import RunDirectory, check_resumable, digest
+from texforce_ray.records.tracking import check_trackers
 from texforce_ray.rewards import check_differentiable, resolve
 from texforce_ray.rl.baseline import Baseline
 from texforce_ray.signals import cancel_on_signal
@@ -128,6 +131,7 @@ def _run_beside(job: Coroutine[Any, Any, RunResult]) -> RunResult:
 def check_inputs(config: Config) -> tuple[list[Prompt], list[Prompt]]:
     """Training and evaluation prompts; fails before anything is started if an input is wrong."""
     locate_model(config.model.path)
+    check_trackers(config.track)
     for reward in config.rewards:
         resolve(reward.name, reward.target)
         chosen(reward)
@@ -225,20 +229,25 @@ async def _train(
             directory = RunDirectory.reopen(config, start, changes)
         else:
             directory = RunDirectory.create(config, prompts_digest)
-        cleanup.callback(directory.close)
+        cleanup.enter_context(directory)
         _reach(config, cleanup)
         cleanup.enter_context(cancel_on_signal())
         progress = cleanup.enter_context(Progress(config.iterations, start))
         recorder = Recorder(config, directory)
+        monitor = cleanup.enter_context(Monitor(config, directory, start))
         policy: Policy | None = None
         baseline = Baseline(config, checkpoint.prompt_statistics if checkpoint else {})
         try:
-            await wait_for_room(config)
+            autoscaler = Autoscaler(config)
+            cleanup.callback(autoscaler.give_back)
+            await wait_for_room(config, autoscaler=autoscaler, say=progress.message)
             crew = Crew(config, await prepare_environments(config), roles=roles)
             cleanup.callback(crew.close)
+            monitor.crew = crew
             cleanup.callback(_watch(crew, config.ray.watchdog_s, progress).cancel)
             run = _Run(config, prompts, eval_prompts, crew, recorder, progress)
             policy = await _start(run, checkpoint)
+            autoscaler.give_back()  # the actors hold their nodes now
             await _iterate(run, policy, baseline)
             comparison = await _finish(run, policy)
         except (RayError, TexForceError) as error:

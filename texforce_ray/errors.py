@@ -38,6 +38,10 @@ class ActorError(TexForceError):
     """An actor failed for good: names the actor, its task and the cause."""
 
 
+class NobodyLeftError(ActorError):
+    """All actors of a role are gone for good: the run cannot go on, whatever the task."""
+
+
 class LostObjectError(TexForceError):
     """Data went with the node that held it; whoever asked for it has it made again."""
 

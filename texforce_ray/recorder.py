@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from texforce_ray.collect import ScoredBatch, TrainingBatch
 from texforce_ray.config import Config
 from texforce_ray.evaluation import Evaluation
 from texforce_ray.policy import Policy
+from texforce_ray.profiling import write_profile
 from texforce_ray.records.checkpoint import (
     checkpoint_path,
     is_complete,
@@ -28,6 +30,8 @@ from texforce_ray.records.model_card import ModelCardInfo
 from texforce_ray.records.run_directory import RunDirectory, write_evaluation
 from texforce_ray.rl.baseline import Baseline
 from texforce_ray.watch import Watch
+
+log = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -143,8 +147,11 @@ class Recorder:
             **crew.scoring_statistics(),
         }
         await _in_thread(self.directory.metrics.append, batch.iteration, metrics)
+        await _in_thread(write_profile, self.config, self.directory.path, batch, update)
         self._warnings = self._watch.look({"iteration": batch.iteration, **metrics})
         self._evaluation = {}
+        for name, error in batch.errors.items():
+            log.warning("iteration %d: reward %s failed: %s", batch.iteration, name, error)
         due = policy.version % self.config.checkpoint.every == 0
         last = policy.version == self.config.iterations
         if due or last or self._best is not None:

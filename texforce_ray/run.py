@@ -38,6 +38,20 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="check everything, show the resolved config and the plan; start nothing",
     )
+    commands.add_argument(
+        "--fit",
+        action="store_true",
+        help="take the largest plan that fits the cluster: fewer rollout actors, learners and "
+        "reward servers, the same results",
+    )
+    commands.add_argument(
+        "--profile",
+        nargs="?",
+        const="1",
+        metavar="ITERATIONS",
+        help="profile these iterations, counted from 0, e.g. 1,2 (default 1: the first one still "
+        "warms up), into RUN_DIR/profile",
+    )
     commands.add_argument("--help-config", action="store_true", help="explain every key and exit")
     commands.add_argument(
         "overrides",
@@ -60,9 +74,16 @@ def main(arguments: list[str] | None = None) -> int:
     if options.config is None and options.resume is None:
         commands.error("give --config FILE, or --resume RUN_DIR")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    if options.profile and "=" in options.profile:  # --profile alone, then an override
+        options.overrides.insert(0, options.profile)
+        options.profile = "1"
+    if options.profile:
+        options.overrides.append(f"profile=[{options.profile}]")
     try:
         resume = _resumed(options.config, options.resume, options.overrides)
         config = _configure(options.config, resume, options.overrides)
+        if options.fit:
+            config = _fit(config)
         if options.dry_run:
             _dry_run(config)
             return 0
@@ -121,16 +142,22 @@ def _configure(file: Path | None, resume: Path | None, overrides: list[str]) -> 
     return now
 
 
+def _fit(config: Config) -> Config:
+    from texforce_ray.plan import changes, fitted
+
+    plan = fitted(config)
+    print(changes(plan), file=sys.stderr)
+    return plan.config
+
+
 def _dry_run(config: Config) -> None:
-    from texforce_ray.actors.placement import requests, totals
     from texforce_ray.config_io import resolve_run_dir, to_yaml
     from texforce_ray.driver import check_inputs
+    from texforce_ray.plan import explain
 
     config = resolve_run_dir(config)
     prompts, eval_prompts = check_inputs(config)
     print(to_yaml(config))
-    asked = requests(config)
-    needed = ", ".join(f"{amount:g} {name}" for name, amount in totals(asked).items())
     print("plan:")
     print(
         f"  {config.iterations} iterations x {config.prompts.per_iteration} prompts (of "
@@ -143,9 +170,8 @@ def _dry_run(config: Config) -> None:
         f"samples x {config.trained_timesteps} timesteps"
     )
     print(f"  evaluation on {len(eval_prompts)} prompts; staleness {config.max_staleness}")
-    for request in asked:
-        print(f"  {request}")
-    print(f"  in all: {needed or 'no resources'}")
+    for line in explain(config):
+        print(f"  {line}")
     print(f"  results go to {config.run_dir}")
 
 
@@ -166,6 +192,7 @@ def _print_result(result: RunResult) -> None:
         ("evaluation/comparison.png", "base and tuned on the same prompts and seeds"),
         ("report.html", "curves, grids, settings"),
         ("metrics.jsonl", "one line per iteration"),
+        ("profile", "Ray's timeline and torch's profiles, for https://ui.perfetto.dev"),
         ("samples", "every sample with its seed, rewards and advantage (parquet)"),
     ):
         if (result.run_dir / name).exists():

@@ -66,7 +66,7 @@ class Watch:
     def _sameness(self, metrics: Mapping[str, Any]) -> str | None:
         """Images of one prompt have become alike: less than half as different as at first."""
         value = metrics.get("eval/diversity")
-        if value is None:
+        if value is None or not np.isfinite(value):  # NaN: no prompt has two images
             # Between evaluations what was found stands.
             return "unchanged" if "_sameness" in self._said else None
         self._diversity.append(float(value))

@@ -21,10 +21,10 @@ LAYERS = [
     ["diffusion", "model"],
     ["rl"],
     ["actors"],
-    ["collect", "evaluation", "policy", "recorder"],
+    ["telemetry", "collect", "evaluation", "policy", "profiling", "monitor", "recorder"],
     ["driver"],
-    ["run", "evaluate", "fuse", "report", "judge", "capacity", "rewards.check"],
-    ["experiments"],
+    ["run", "status", "plan", "evaluate", "fuse", "report", "judge", "capacity", "rewards.check"],
+    ["experiments", "cli"],
 ]
 
 

@@ -17,7 +17,7 @@ from texforce_ray.actors.scoring import RewardPool
 from texforce_ray.collect import TrainingBatch, collect
 from texforce_ray.config import RewardConfig
 from texforce_ray.config_io import load_config
-from texforce_ray.errors import ActorError, LostObjectError
+from texforce_ray.errors import ActorError, LostObjectError, NobodyLeftError
 from texforce_ray.policy import Policy
 
 CONFIG = load_config("configs/smoke.yaml")
@@ -98,13 +98,16 @@ def test_losing_for_ever_ends_at_the_budget() -> None:
         _collected(crew)
 
 
-def test_a_reward_does_not_answer_for_what_a_node_took_along() -> None:
+@pytest.mark.parametrize("error", [LostObjectError, NobodyLeftError])
+def test_no_mask_for_what_is_not_the_rewards_fault(error: type[Exception]) -> None:
+    """A node took the images along, or Ray itself ended: a mask would be recorded for good."""
+
     class Pool:
         actors = (1,)
 
         async def run(self, *_: Any) -> Any:
-            raise LostObjectError("gone")
+            raise error("gone")
 
     pool = RewardPool(RewardConfig(name="shapes"), Pool())  # type: ignore[arg-type]
-    with pytest.raises(LostObjectError):
+    with pytest.raises(error):
         asyncio.run(pool.score("images", ["a"], [{}]))  # type: ignore[arg-type]

@@ -66,3 +66,7 @@ def test_lines_without_these_metrics_say_nothing() -> None:
 @pytest.mark.parametrize("count", [0, 4])
 def test_too_few_iterations_say_nothing(count: int) -> None:
     assert _said(_lines([1.0, 0.0, 0.0, 0.0][:count])) == []
+
+
+def test_one_image_of_each_prompt_says_nothing_about_diversity() -> None:
+    assert _said([{"iteration": i, "eval/diversity": float("nan")} for i in range(3)]) == []

@@ -5,23 +5,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import ray
 from ray.exceptions import RayError
+from ray.util.placement_group import remove_placement_group
 
 import texforce_ray
 from texforce_ray.actors.colocated import ColocatedActor
 from texforce_ray.actors.environments import chosen
+from texforce_ray.actors.fit import needs
 from texforce_ray.actors.learner import LearnerActor, Membership
 from texforce_ray.actors.messages import ImagePayload, Info, Scores, WorkUnit, unpack_images
-from texforce_ray.actors.pool import ActorPool, Budget, SubmitRank, gather, readable
+from texforce_ray.actors.placement import in_bundle, options, pack_learners
+from texforce_ray.actors.pool import ActorPool, Budget, Member, SubmitRank, gather, readable
 from texforce_ray.actors.reward import RewardServer
 from texforce_ray.actors.rollout import RolloutActor
 from texforce_ray.actors.scoring import RewardPool
@@ -62,8 +66,9 @@ def connect(config: Config) -> bool:
         ray.init(address="local", include_dashboard=config.ray.dashboard, **options)
         return True
     try:
+        _knock(address)
         ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # also of an address that is none
         raise ResourceError(
             f"ray.address: no Ray cluster at {address!r}: {error}; if it asks for a token: "
             "export RAY_AUTH_MODE=token"
@@ -74,6 +79,18 @@ def connect(config: Config) -> bool:
     return False
 
 
+def _knock(address: str) -> None:
+    """Fail at once where nobody listens: Ray itself would try for minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in address:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+            pass
+
+
 @dataclass(frozen=True)
 class Roles:
     """The classes that do the work. Others with the same methods can stand in for them."""
@@ -81,6 +98,25 @@ class Roles:
     rollout: type = RolloutActor
     learner: type = LearnerActor
     both: type = ColocatedActor  # with learner.colocated
+
+
+class Admission(asyncio.Semaphore):
+    """A semaphore that knows how many wait before it and how many it has let in."""
+
+    waiting = inside = 0
+
+    async def acquire(self) -> Literal[True]:
+        self.waiting += 1
+        try:
+            await super().acquire()
+        finally:
+            self.waiting -= 1
+        self.inside += 1
+        return True
+
+    def release(self) -> None:
+        self.inside -= 1
+        super().release()
 
 
 class Crew:
@@ -108,13 +144,27 @@ class Crew:
         }
         shared = learner and t.colocated
         kind = roles.both if shared else roles.rollout
-        rollouts = [_start(kind, r, r.num_threads, config, [config]) for _ in range(r.num_workers)]
+        # Before the others, so that it finds room on as few nodes as possible.
+        self._together = pack_learners(config) if learner else None
+        rollouts = [
+            _start(kind, r, r.num_threads, config, [config], strategy="SPREAD")
+            for _ in range(r.num_workers)
+        ]
         self.rollouts = ActorPool("rollout", rollouts, **given)
         self.learner: ActorPool | None = None
         if learner:
             actors = [
-                rollouts[0] if shared else _start(roles.learner, t, t.num_threads, config, [config])
-                for _ in range(t.num_workers)
+                rollouts[0]
+                if shared
+                else _start(
+                    roles.learner,
+                    t,
+                    t.num_threads,
+                    config,
+                    [config],
+                    strategy=in_bundle(self._together, index),
+                )
+                for index in range(t.num_workers)
             ]
             self.learner = ActorPool("learner", actors, **given)
         self.rewards = {
@@ -123,7 +173,7 @@ class Crew:
         }
         self.lost = 0  # tasks done again because a node took their data along
         # Rollouts wait for slow rewards rather than filling the object store with images.
-        self.unscored = asyncio.Semaphore(config.rollout.unscored_units)
+        self.unscored = Admission(config.rollout.unscored_units)
         self._meeting: str | None = None
 
     def pools(self) -> list[ActorPool]:
@@ -146,10 +196,21 @@ class Crew:
     def close(self) -> None:
         for pool in self.pools():
             pool.kill()
+        if self._together is not None:
+            remove_placement_group(self._together)
 
     def waiting(self) -> list[str]:
         """What every busy actor does, and for how long."""
         return [text for pool in self.pools() for text in pool.waiting()]
+
+    def members(self) -> dict[str, list[Member]]:
+        """All actors by role; a colocated one has two."""
+        return {pool.name: pool.members() for pool in self.pools()}
+
+    def queues(self) -> dict[str, int]:
+        """Tasks that wait for a free actor, by role; units before and in sampling and scoring."""
+        waiting = {pool.name: pool.queued for pool in self.pools()}
+        return waiting | {"admission": self.unscored.waiting, "unscored": self.unscored.inside}
 
     def silence(self) -> float:
         """Seconds since any actor finished a task."""
@@ -350,6 +411,7 @@ def _start(
     config: Config,
     given: Sequence[Any],
     python: str | None = None,
+    strategy: Any = "DEFAULT",
 ) -> Any:
     """An actor handle; `role` is the part of the config that says what it may use."""
     # Ray would set the threads to num_cpus, and the rounding of sums would depend on placement.
@@ -364,11 +426,13 @@ def _start(
     runtime: dict[str, Any] = {"env_vars": settings}
     if python is not None:
         runtime["py_executable"] = python
-    options = {
-        "num_cpus": role.num_cpus,
-        "num_gpus": role.num_gpus,
-        "resources": dict(role.resources),
-        "max_restarts": config.ray.max_restarts,
-        "runtime_env": runtime,
-    }
-    return ray.remote(actor).options(**options).remote(*given)
+    return (
+        ray.remote(actor)
+        .options(
+            **options(needs(config, role)),
+            max_restarts=config.ray.max_restarts,
+            runtime_env=runtime,
+            scheduling_strategy=strategy,
+        )
+        .remote(*given)
+    )

@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from texforce_ray.actors.placement import Request, fits_a_node
+from texforce_ray.actors.fit import Request, fits_a_node, needs
 from texforce_ray.actors.pool import gather, readable
 from texforce_ray.config import Config, RewardConfig
 from texforce_ray.rewards.environments import Environment, choose, default_root
@@ -35,7 +35,7 @@ async def prepare_environments(config: Config) -> dict[str, str]:
     for reward, place in places.values():
         if place is not None:
             nodes = wanted.setdefault(place, [])
-            nodes += [node for node in _nodes_for(reward) if node not in nodes]
+            nodes += [node for node in _nodes_for(config, reward) if node not in nodes]
     jobs = {
         place: [_on_node(node, place, root, config.ray.environment_timeout_s) for node in nodes]
         for place, nodes in wanted.items()
@@ -45,9 +45,8 @@ async def prepare_environments(config: Config) -> dict[str, str]:
     return {key: pythons[place] for key, (_, place) in places.items() if place is not None}
 
 
-def _nodes_for(reward: RewardConfig) -> list[str]:
-    each = {"CPU": reward.num_cpus, "GPU": reward.num_gpus, **reward.resources}
-    request = Request(f"reward {reward.key}", reward.replicas, each)
+def _nodes_for(config: Config, reward: RewardConfig) -> list[str]:
+    request = Request(f"reward {reward.key}", reward.replicas, needs(config, reward))
     alive = [node for node in ray.nodes() if node["Alive"]]
     return [node["NodeID"] for node in alive if fits_a_node(request, [node["Resources"]])]
 

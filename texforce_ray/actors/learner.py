@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from texforce_ray.actors.messages import whereabouts
 from texforce_ray.actors.rollout import quiet_libraries
+from texforce_ray.actors.torch_trace import TorchTrace
 from texforce_ray.config import Config
 from texforce_ray.model.snapshot import LearnerState, PolicySnapshot
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from texforce_ray.rl.trainer import Trainer
 
 Updated = tuple[dict[str, Any], LearnerState | None, PolicySnapshot | None, PolicySnapshot | None]
+
+
+PROFILED_STEPS = 2  # an update may take hours, and its profile all memory
 
 
 class Membership(NamedTuple):
@@ -114,7 +118,8 @@ class LearnerActor:
         mine = concatenate(ray.get(list(trajectories[own])))
         fetched = time.perf_counter() - start
         batch = UpdateBatch(mine, advantages, mask, own.start * unit)
-        metrics = self.learner.update(batch, ray.get(behaviour[0]) if behaviour else None)
+        policy = ray.get(behaviour[0]) if behaviour else None
+        metrics, trace = self._profiled(version, lambda: self.learner.update(batch, policy))
         seconds = time.perf_counter() - start
         if membership.rank:
             return {}, None, None, None
@@ -125,8 +130,27 @@ class LearnerActor:
                 "fetch_seconds": fetched,
                 "flops": metrics.get("ppo/trained_pairs", 0) * self._pair_flops,
                 "peak_flops": self._peak_flops * membership.size,
+                "trace": trace,
             }
         )
+
+    def _profiled(self, version: int, update: Callable[[], dict]) -> tuple[dict, bytes | None]:
+        """The update's metrics, and torch's profile of its beginning where it is asked for."""
+        with TorchTrace(version in self.config.profile) as trace:
+            done = 0
+
+            def after_step(*_: Any) -> None:
+                nonlocal done
+                done += 1
+                if done == PROFILED_STEPS:
+                    trace.stop()
+
+            hook = self.learner.optimizer.register_step_post_hook(after_step)
+            try:
+                metrics = update()
+            finally:
+                hook.remove()
+        return metrics, trace.data
 
     def _join(self, membership: Membership) -> None:
         """Meet the others, if this is not where that has happened already."""

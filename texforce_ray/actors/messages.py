@@ -39,6 +39,7 @@ class Info(NamedTuple):
     peak_flops: float = 0.0  # in a second, measured on the actor's device
     trajectory_bytes: int = 0
     image_bytes: int = 0
+    trace: bytes | None = None  # torch's profile of the task, where it was asked for
 
 
 class Scores(NamedTuple):

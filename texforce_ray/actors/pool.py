@@ -28,7 +28,13 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from texforce_ray.errors import ActorError, LostObjectError, PeerLostError, TexForceError
+from texforce_ray.errors import (
+    ActorError,
+    LostObjectError,
+    NobodyLeftError,
+    PeerLostError,
+    TexForceError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +48,25 @@ _SETTLE_S = 10.0  # after one of several failed, until the others have as well
 _PAUSE_S, _LONGEST_PAUSE_S = 0.1, 10.0
 _LOG_LINES = 5
 _NOBODY = -1  # wakes those who wait for a free actor when none is left
+
+
+@dataclass(frozen=True)
+class Member:
+    """One actor, for whoever looks at the run.
+
+    state: 'busy', 'idle', 'starting' (or waiting for room), 'gone' (for good). who: as it said when
+    it started: device, process and node. doing: its task, for so many seconds.
+    """
+
+    name: str
+    state: str
+    who: str = ""
+    doing: str = ""
+    seconds: float = 0.0
+
+    @property
+    def node(self) -> str:
+        return self.who.rpartition(" on ")[2] if " on " in self.who else ""
 
 
 @dataclass
@@ -85,6 +110,7 @@ class ActorPool:
         self.start_timeout = start_timeout
         self.budget = budget or Budget(1_000_000)
         self.restarts = 0
+        self.queued = 0  # tasks that wait for a free actor
         self.last_answer = time.monotonic()
         self._doing: dict[int, tuple[str, float]] = {}
         self._joining: dict[int, asyncio.Task[str]] = {}
@@ -212,6 +238,19 @@ class ActorPool:
             for index, (task, since) in self._doing.items()
         ]
 
+    def members(self) -> list[Member]:
+        """All actors in order."""
+        return [self._member(index) for index in range(len(self.actors))]
+
+    def _member(self, index: int) -> Member:
+        name, who = f"{self.name}-{index}", self._who.get(index, "")
+        if index in self._doing:
+            task, since = self._doing[index]
+            return Member(name, "busy", who, task, time.monotonic() - since)
+        if index in self._present:
+            return Member(name, "idle", who)
+        return Member(name, "gone" if index in self._errors else "starting", who)
+
     def kill(self) -> None:
         """End all actors; their results stay, the driver owns them."""
         for task in self._joining.values():
@@ -254,9 +293,11 @@ class ActorPool:
         """The next free actor; `others_work`: those that are not free will be.
 
         Raises:
-            ActorError: none is left, or none came back in time.
+            NobodyLeftError: none is left.
+            ActorError: none came back in time.
         """
         while True:
+            self.queued += 1
             try:
                 index = await asyncio.wait_for(self._idle.get(), self.start_timeout)
             except TimeoutError:
@@ -266,10 +307,12 @@ class ActorPool:
                     f"no {self.name} actor came back within {self.start_timeout:.0f} s for {task} "
                     "(ray.start_timeout_s): is there room on the cluster?"
                 ) from None
+            finally:
+                self.queued -= 1
             if index != _NOBODY:
                 return index
             self._idle.put_nowait(_NOBODY)  # for whoever else waits
-            raise ActorError(
+            raise NobodyLeftError(
                 f"no {self.name} actor is left for {task}; the last error: "
                 f"{list(self._errors.values())[-1]} (ray.max_restarts)"
             )

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from texforce_ray.actors.messages import ImagePayload, Info, WorkUnit, pack_images, whereabouts
+from texforce_ray.actors.torch_trace import TorchTrace
 from texforce_ray.config import Config
 from texforce_ray.model.snapshot import PolicySnapshot
 
@@ -79,7 +80,8 @@ class RolloutActor:
     ) -> tuple[Info, Trajectory, ImagePayload]:
         """One unit of work under the policy that `policy[0]` refers to."""
         start = time.perf_counter()
-        with self._policy(policy):
+        profiled = unit.iteration in self.config.profile and unit.index == 0
+        with self._policy(policy), TorchTrace(profiled) as trace:
             trajectory, images = self.sampler.sample(unit.prompts, unit.seeds, unit.policy_version)
         info = Info(
             time.perf_counter() - start,
@@ -87,6 +89,7 @@ class RolloutActor:
             peak_flops=self._peak_flops,
             trajectory_bytes=trajectory.nbytes,
             image_bytes=images.nbytes,
+            trace=trace.data,
         )
         return info, trajectory, pack_images(images)
 

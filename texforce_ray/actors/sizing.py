@@ -7,6 +7,8 @@ import asyncio
 import ray
 from ray.exceptions import RayError
 
+from texforce_ray.actors.fit import needs
+from texforce_ray.actors.placement import options
 from texforce_ray.actors.pool import readable
 from texforce_ray.config import Config
 
@@ -27,8 +29,8 @@ async def with_sizes(config: Config) -> Config:
     if not needs_sizes(config):
         return config
     role = config.rollout if not config.rollout.batch_size else config.learner
-    options = {"num_cpus": role.num_cpus, "num_gpus": role.num_gpus, "resources": role.resources}
-    task = ray.remote(find_sizes).options(**options, max_retries=0).remote(config)
+    where = options(needs(config, role))
+    task = ray.remote(find_sizes).options(**where, max_retries=0).remote(config)
     timeout = config.ray.start_timeout_s + config.ray.resource_timeout_s
     try:
         batch, micro = await asyncio.wait_for(asyncio.wrap_future(task.future()), timeout)

@@ -17,7 +17,7 @@ _INTRODUCTION = """\
 # The paper's experiments in the shapes world
 
 Made by `make paper-shapes` (`python -m texforce_ray.experiments shapes`) from the files in
-[{folder}/]({link}); the discussion is written by hand. Training seeds: {seeds}.
+`{folder}/` beside this page; the discussion is written by hand. Training seeds: {seeds}.
 
 Rewards are means over the same 256 images for every policy, at seeds that are never trained on.
 Differences are paired with the base model; intervals are 95 % bootstraps that draw training seeds
@@ -47,11 +47,7 @@ _CURVES = {
 def write_page(results: Path, page: Path) -> None:
     """Write `page` (Markdown) from the kept `results`; what is not there yet is left out."""
     seeds = seeds_of(results)
-    lines = [
-        _INTRODUCTION.format(
-            folder=results.name, link=_link(results, page), seeds=", ".join(map(str, seeds))
-        )
-    ]
+    lines = [_INTRODUCTION.format(folder=results.name, seeds=", ".join(map(str, seeds)))]
     discussion = results / "discussion.md"
     if discussion.is_file():
         lines += ["", discussion.read_text().strip()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from texforce_ray.errors import ConfigError
 from texforce_ray.model.adapter import lora_config
 from texforce_ray.model.location import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_WEIGHTS
 from texforce_ray.model.snapshot import PARTS, UNET, LoraShape, PolicySnapshot, Tensors
+from texforce_ray.records.files import from_json
 
 
 def export_adapter(snapshot: PolicySnapshot, directory: Path, base: str) -> None:
@@ -82,7 +82,7 @@ def read_adapter(directory: Path, origin: str | None = None) -> PolicySnapshot:
 def _read_part(folder: Path, origin: str) -> tuple[str, tuple[LoraShape, Tensors]]:
     try:
         config, loaded = LoraConfig.from_pretrained(str(folder)), load_file(folder / PEFT_WEIGHTS)
-    except (OSError, TypeError, ValueError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         raise ConfigError(f"{origin} holds a damaged adapter: {error}") from error
     tensors = {k.removeprefix("base_model.model."): v.float().numpy() for k, v in loaded.items()}
     part = folder.name if folder.name in PARTS else _guess_part(tensors)
@@ -114,7 +114,7 @@ def _read_diffusers(file: Path, origin: str) -> PolicySnapshot:
     try:
         loaded = load_file(file)
         with safe_open(file, "pt") as opened:
-            metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            metadata = from_json((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{origin} holds a damaged adapter: {error}") from error
     adapters: dict[str, Tensors] = {}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from texforce_ray.errors import ConfigError
 from texforce_ray.model.snapshot import PARTS
+from texforce_ray.records.files import from_json
 
 EMBEDDED = Path(__file__).parent.parent / "shapes" / "weights"
 SUPPORTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -31,7 +31,7 @@ def locate_model(path: str) -> str:
             )
         return path
     try:
-        kind = json.loads(index.read_text()).get("_class_name")
+        kind = from_json(index.read_text()).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"model.path: {index} cannot be read: {error}") from None
     if kind not in SUPPORTED:
@@ -64,7 +64,7 @@ def base_of(path: Path) -> str | None:
     """The base model that an adapter directory names."""
     for folder in (path, *(path / part for part in PARTS)):
         try:
-            return json.loads((folder / PEFT_CONFIG).read_text()).get("base_model_name_or_path")
+            return from_json((folder / PEFT_CONFIG).read_text()).get("base_model_name_or_path")
         except (OSError, ValueError, AttributeError):
             continue
     return None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
 from texforce_ray.errors import PromptError
+from texforce_ray.records.files import from_json
 
 Record = tuple[str, dict[str, Any]]
 
@@ -37,7 +37,7 @@ def read_records(path: str, column: str) -> list[Record]:
         )
     try:
         items = readers[file.suffix.lower()](file)
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise PromptError(f"prompt file {path} cannot be read: {error}") from None
     records = [_record(item, column, path, i) for i, item in enumerate(items)]
     kept = [record for record in records if record[0]]
@@ -81,14 +81,14 @@ def _txt(file: Path) -> list[Any]:
 
 
 def _json(file: Path) -> list[Any]:
-    items = json.loads(file.read_text(encoding="utf-8-sig"))
+    items = from_json(file.read_text(encoding="utf-8-sig"))
     if not isinstance(items, list):
         raise ValueError("it should hold a list of texts or objects")
     return items
 
 
 def _jsonl(file: Path) -> list[Any]:
-    return [json.loads(line) for line in _lines(file) if line.strip()]
+    return [from_json(line) for line in _lines(file) if line.strip()]
 
 
 def _csv(file: Path) -> list[Any]:

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save
 
 from texforce_ray.errors import CheckpointError
 from texforce_ray.model.snapshot import LearnerState, LoraShape, PolicySnapshot, Tensors
-from texforce_ray.records.files import atomic_write_text, fsync_directory, write_error
+from texforce_ray.records.files import atomic_write_text, from_json, fsync_directory, write_error
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not is_complete(path):
         raise CheckpointError(f"checkpoint {path} is incomplete or damaged")
     try:
-        meta = json.loads((path / "state.json").read_text())
+        meta = from_json((path / "state.json").read_text())
         learner = load_file(path / "learner.safetensors")
         state = LearnerState(
             version=meta["version"],
@@ -124,7 +124,7 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
 def is_complete(path: Path) -> bool:
     """Whether a checkpoint carries its marker and every file has the digest that it names."""
     try:
-        digests = json.loads((path / _MARKER).read_text())
+        digests = from_json((path / _MARKER).read_text())
         return bool(digests) and all(
             hashlib.sha256((path / name).read_bytes()).hexdigest() == digest
             for name, digest in digests.items()
@@ -157,7 +157,7 @@ def mark_best(run_dir: Path, iteration: int, score: float) -> bool:
 def read_best(run_dir: Path) -> dict[str, Any] | None:
     """{"iteration", "score"} of the best checkpoint so far."""
     try:
-        best = json.loads((run_dir / "checkpoints" / "best.json").read_text())
+        best = from_json((run_dir / "checkpoints" / "best.json").read_text())
         return {"iteration": int(best["iteration"]), "score": float(best["score"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, one line per iteration, and the same numbers for TensorBoard."""
+"""`metrics.jsonl`, one line per iteration, and the same numbers for TensorBoard and others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from texforce_ray.errors import RunDirectoryError
-from texforce_ray.records.files import atomic_write_bytes, write_error
+from texforce_ray.records.files import atomic_write_bytes, from_json, write_error
+from texforce_ray.records.status import State
 from texforce_ray.records.tensorboard import TensorBoardLog
+from texforce_ray.records.tracking import Tracker
 
 FILE_NAME = "metrics.jsonl"
 Value = float | int | str | None
@@ -29,6 +31,7 @@ class MetricsLog:
         run_dir: the run directory; made if missing.
         resume_from: the iteration that the resumed run starts with. Lines of it and of later
             ones are dropped, because they will be written again.
+        trackers: who gets the same numbers and images; more may be added to `trackers` later.
 
     A half-written last line, left by a crash, is dropped on opening.
 
@@ -36,7 +39,13 @@ class MetricsLog:
         RunDirectoryError: the file cannot be written, or an earlier line is not a metrics line.
     """
 
-    def __init__(self, run_dir: Path, *, resume_from: int | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        resume_from: int | None = None,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
         run_dir = Path(run_dir)
         self._path = run_dir / FILE_NAME
         _repair(self._path, resume_from)
@@ -46,13 +55,14 @@ class MetricsLog:
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - see close()
         except OSError as error:
             raise write_error(self._path, error) from error
-        self._tensorboard = TensorBoardLog(run_dir / "tensorboard", purge_from=resume_from)
+        tensorboard = TensorBoardLog(run_dir / "tensorboard", purge_from=resume_from)
+        self.trackers: list[Tracker] = [tensorboard, *trackers]
 
     def append(self, iteration: int, values: Mapping[str, Value]) -> None:
         """Write the line of `iteration`; it is on disk when this returns.
 
-        NaN and infinities become null, since JSON knows neither; TensorBoard gets them as they
-        are. Texts and None do not go to TensorBoard.
+        NaN and infinities become null, since JSON knows neither; trackers get them as they are.
+        Texts and None do not go to trackers.
 
         Raises:
             RunDirectoryError: the line could not be written; the file is left without it.
@@ -63,16 +73,19 @@ class MetricsLog:
         line.update((key, _finite_or_none(value)) for key, value in plain.items())
         self._append_line(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
         scalars = {key: float(v) for key, v in plain.items() if isinstance(v, (int, float))}
-        self._tensorboard.add_scalars(scalars, iteration)
+        for tracker in self.trackers:
+            tracker.add_scalars(scalars, iteration)
 
     def add_image(self, tag: str, image: NDArray[np.uint8], iteration: int) -> None:
-        """Show `image` (uint8 `[H,W,3]`) in TensorBoard under `tag`."""
-        self._tensorboard.add_image(tag, image, iteration)
+        """Show `image` (uint8 `[H,W,3]`) in TensorBoard and other trackers under `tag`."""
+        for tracker in self.trackers:
+            tracker.add_image(tag, image, iteration)
 
-    def close(self) -> None:
-        """Close the files. Calling it twice does no harm."""
+    def close(self, state: State = "finished") -> None:
+        """Close the files; trackers hear how the run ended. Calling it twice does no harm."""
         self._file.close()
-        self._tensorboard.close()
+        for tracker in self.trackers:
+            tracker.close(state)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -142,7 +155,7 @@ def _parse(path: Path, data: bytes) -> list[tuple[dict[str, Any], bytes]]:
     parsed = []
     for index, line in enumerate(lines):
         try:
-            record = json.loads(line.decode("utf-8"))
+            record = from_json(line.decode("utf-8"))
             valid = isinstance(record, dict) and isinstance(record.get("iteration"), int)
         except ValueError:  # not JSON, or not UTF-8
             valid = False

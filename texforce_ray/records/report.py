@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 import os
 import re
@@ -14,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from texforce_ray.records.charts import Series, line_chart, path_chart, stacked_bars
-from texforce_ray.records.files import atomic_write_text
+from texforce_ray.records.files import atomic_write_text, from_json
 from texforce_ray.records.matched import curve_of
 from texforce_ray.records.metrics import read_metrics
 from texforce_ray.records.page import PAGE
@@ -166,7 +165,7 @@ def _score_table(path: Path) -> str:
     if not path.is_file():
         return ""
     try:
-        rewards = json.loads(path.read_text("utf-8"))["rewards"]
+        rewards = from_json(path.read_text("utf-8"))["rewards"]
         rows = "".join(_score_row(name, scores) for name, scores in rewards.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"<p>evaluation/summary.json could not be read: {escape(repr(error))}</p>"

@@ -21,6 +21,7 @@ from texforce_ray.records.files import (
     atomic_write_bytes,
     atomic_write_text,
     check_writable,
+    from_json,
     to_json,
 )
 from texforce_ray.records.images import comparison, grid, save_png
@@ -28,6 +29,8 @@ from texforce_ray.records.metrics import MetricsLog
 from texforce_ray.records.model_card import ModelCardInfo, model_card
 from texforce_ray.records.report import write_report
 from texforce_ray.records.samples import read_samples, samples_path, to_parquet, write_samples
+from texforce_ray.records.status import State, outcome
+from texforce_ray.records.tracking import open_trackers
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +40,10 @@ _ROW = 8  # images of a strip's row
 class RunDirectory:
     """Writes a run's files; `start` iterations are already done. Holds the directory's lock."""
 
-    def __init__(self, path: Path, lock: int, start: int) -> None:
-        self.path, self._lock = path, lock
-        self.metrics = MetricsLog(path, resume_from=start)
+    def __init__(self, config: Config, lock: int, start: int) -> None:
+        self.path, self._lock = Path(config.run_dir), lock
+        trackers = open_trackers(config, self.path)
+        self.metrics = MetricsLog(self.path, resume_from=start, trackers=trackers)
 
     @staticmethod
     def create(config: Config, prompts_digest: str) -> RunDirectory:
@@ -55,7 +59,7 @@ class RunDirectory:
                 "run_dir"
             )
         inputs = json.dumps({"prompts": prompts_digest}) + "\n"
-        return _open(path, 0, {"config.yaml": to_yaml(config), "inputs.json": inputs})
+        return _open(config, 0, {"config.yaml": to_yaml(config), "inputs.json": inputs})
 
     @staticmethod
     def reopen(
@@ -76,7 +80,7 @@ class RunDirectory:
             known = path / "changes.jsonl"
             earlier = known.read_text() if known.exists() else ""
             files = {"changes.jsonl": earlier + "".join(f"{line}\n" for line in lines)} | files
-        return _open(path, start, files)
+        return _open(config, start, files)
 
     def recorded_mask(self, iteration: int, seeds: np.ndarray) -> np.ndarray:
         """bool [N], False for samples that an earlier attempt at this iteration masked for good."""
@@ -122,20 +126,27 @@ class RunDirectory:
         """report.html, from what lies in the directory."""
         return write_report(self.path)
 
-    def close(self) -> None:
-        self.metrics.close()
+    def close(self, state: State = "finished") -> None:
+        self.metrics.close(state)
         os.close(self._lock)
 
+    def __enter__(self) -> RunDirectory:
+        return self
 
-def _open(path: Path, start: int, files: Mapping[str, str]) -> RunDirectory:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.close(outcome(error))
+
+
+def _open(config: Config, start: int, files: Mapping[str, str]) -> RunDirectory:
     """Lock the directory, then write its first files; a failure leaves it unlocked."""
+    path = Path(config.run_dir)
     check_writable(path)
     lock = _acquire(path)
     try:
         _sweep(path)
         for name, text in files.items():
             atomic_write_text(path / name, text)
-        return RunDirectory(path, lock, start)
+        return RunDirectory(config, lock, start)
     except BaseException:
         os.close(lock)  # a notebook's process lives on and may try again
         raise
@@ -206,7 +217,7 @@ def check_resumable(config: Config, prompts_digest: str) -> dict[str, tuple[Any,
     path = Path(config.run_dir)
     changes = check_same(read_config(path), config, path)
     try:
-        before = json.loads((path / "inputs.json").read_text())["prompts"]
+        before = from_json((path / "inputs.json").read_text())["prompts"]
     except (OSError, ValueError, KeyError, TypeError):
         return changes  # damaged or of an earlier version: the config has been compared
     if before != prompts_digest:

@@ -67,11 +67,11 @@ def read_samples(path: Path) -> dict[str, list[Any]]:
     """
     try:
         table = pq.read_table(io.BytesIO(Path(path).read_bytes()))
-    except (OSError, pa.ArrowInvalid) as error:
+        return {name: table.column(name).to_pylist() for name in table.column_names}
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise RunDirectoryError(
             f"Cannot read samples from {path}: {error}. Give a file of the run's samples/ folder."
         ) from error
-    return {name: table.column(name).to_pylist() for name in table.column_names}
 
 
 def _arrow(column: Column) -> Any:

@@ -74,7 +74,7 @@ class TensorBoardLog:
         value = summary_pb2.Summary.Value(tag=tag, image=entry)
         self._write_summary(summary_pb2.Summary(value=[value]), iteration)
 
-    def close(self) -> None:
+    def close(self, state: str = "finished") -> None:  # noqa: ARG002 - as every tracker
         """Close the file. Calling it twice does no harm."""
         if self._records is not None:
             records, self._records = self._records, None

@@ -45,5 +45,5 @@ def from_png(text: str, max_pixels: int = 64_000_000) -> np.ndarray:
             if image.width * image.height > max_pixels:
                 raise ValueError(f"an image of {image.width} x {image.height} pixels is too large")
             return np.array(image.convert("RGB"))
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, of a chunk
         raise ValueError(f"not an image: {error}") from None

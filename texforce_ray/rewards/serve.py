@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from texforce_ray.errors import RewardError, TexForceError
+from texforce_ray.records.files import from_json
 from texforce_ray.rewards import arguments as reward_arguments
 from texforce_ray.rewards import resolve
 from texforce_ray.rewards.base import Reward, checked_scores, load_reward
@@ -103,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             self._answer(
-                200, {"scores": self.server.scores(json.loads(self.rfile.read(int(length))))}
+                200, {"scores": self.server.scores(from_json(self.rfile.read(int(length))))}
             )
         except (ValueError, TypeError) as error:
             self._answer(400, {"error": str(error)})
