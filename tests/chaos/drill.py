@@ -113,7 +113,8 @@ def disturbed(
     code: int | None = None
     try:
         for place, kind in enumerate(kinds):
-            _wait_for_lines(run_dir, process, 1)
+            # A line comes before its checkpoint: at first one more, so that one is there to damage.
+            _wait_for_lines(run_dir, process, 1 if place else 2)
             time.sleep(rng.random() * 0.5)
             began = time.monotonic()
             inject(kind, run_dir, process, cluster, rng)

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,7 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--address", default="local")
     parser.add_argument("--break", dest="broken")
+    parser.add_argument("--trace", help="file in which stand-ins note what they do")
     parser.add_argument("--embedded", action="store_true", help="real actors")
     options = parser.parse_args()
     if options.broken:
@@ -116,7 +118,11 @@ def main() -> int:
     given = options.run_dir, options.k, options.iterations
     config = embedded(*given) if options.embedded else configured(*given, soaking=local)
     try:
-        train(config, resume=options.resume, roles=Roles() if options.embedded else _roles())
+        train(
+            config,
+            resume=options.resume,
+            roles=Roles() if options.embedded else _roles(options.trace),
+        )
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 130
@@ -126,10 +132,11 @@ def main() -> int:
     return 0
 
 
-def _roles() -> Roles:
+def _roles(trace: str | None) -> Roles:
+    settings = {"settings": replace(SETTINGS, trace=trace)}
     return Roles(
-        rollout=type("Rollout", (traps.TrappedRollout,), {"settings": SETTINGS}),
-        learner=type("Learner", (traps.TrappedLearner,), {"settings": SETTINGS}),
+        rollout=type("Rollout", (traps.TrappedRollout,), settings),
+        learner=type("Learner", (traps.TrappedLearner,), settings),
     )
 
 

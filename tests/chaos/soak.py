@@ -10,6 +10,7 @@ per 100 iterations or something is left.
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,8 @@ MB = 2**20
 def watch(iterations: int, run_dir: Path) -> tuple[dict[str, list[tuple[int, ...]]], list[str]]:
     """(iteration, private bytes, threads, files) by process; what outlived the run."""
     command = [sys.executable, str(JOB), str(run_dir), "--k", "1", "--iterations", str(iterations)]
+    trace = run_dir.with_suffix(".trace")
+    command += ["--trace", str(trace)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     driver, seen = psutil.Process(process.pid), defaultdict(list)
     family: set[psutil.Process] = set()
@@ -54,6 +57,9 @@ def watch(iterations: int, run_dir: Path) -> tuple[dict[str, list[tuple[int, ...
             except psutil.Error:
                 continue
     assert process.returncode == 0, f"the run ended with {process.returncode}"
+    notes = [json.loads(line) for line in trace.read_text().splitlines()]
+    updates = [note for note in notes if note["what"] == "update"]
+    seen["object store"] = [(note["version"], int(note["store_bytes"]), 0, 0) for note in updates]
     _, alive = psutil.wait_procs(family, timeout=15)
     return seen, [" ".join(p.cmdline())[:80] for p in alive if p.is_running()]
 
@@ -80,8 +86,9 @@ def main() -> int:
     print("| --- | --- | --- | --- | --- |")
     bad = bool(left)
     for title, rows in sorted(seen.items()):
-        # Not the last looks: a process that ends has given its memory back.
-        warm = [row for row in rows[:-2] if row[0] >= WARM_UP * options.iterations]
+        # Not the run's end: a process that ends gives its memory back.
+        most = options.iterations
+        warm = [row for row in rows[:-2] if WARM_UP * most <= row[0] < most]
         counted = np.array(warm, float)
         if len(counted) < 10:
             continue

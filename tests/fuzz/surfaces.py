@@ -248,10 +248,11 @@ class _Mean:
 
 
 def _ask(folder: Path) -> object:
+    from texforce_ray.records.files import from_json
     from texforce_ray.rewards.serve import RewardService
 
     service = RewardService(("127.0.0.1", 0), "mean", _Mean())
     try:
-        return service.scores(json.loads((folder / "body").read_bytes()))
+        return service.scores(from_json((folder / "body").read_bytes()))
     finally:
         service.server_close()
