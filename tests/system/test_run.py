@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import signal
 import time
@@ -12,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.system.conftest import SMOKE, Finished, finish, kill_after_checkpoint, resume, run, start
+from texforce_ray.records.metric_names import METRICS, describe
 
 
 def test_a_run_leaves_everything_that_is_promised(plain: Finished) -> None:
@@ -83,10 +86,27 @@ def test_rollout_and_learner_in_one_actor_give_the_same_bits(
     assert shared.adapter() == plain.adapter()
 
 
-def test_three_rollout_actors_give_the_bits_of_one(plain: Finished, tmp_path: Path) -> None:
-    three = run(tmp_path / "run", "rollout.num_workers=3", "rollout.num_cpus=0.25")
+def test_three_rollout_actors_and_a_profile_give_the_bits_of_one(
+    plain: Finished, tmp_path: Path
+) -> None:
+    workers = ("rollout.num_workers=3", "rollout.num_cpus=0.25")
+    three = run(tmp_path / "run", *workers, "--profile", "1")
     assert three.samples() == plain.samples()
     assert three.adapter() == plain.adapter()
+    profile = three.directory / "profile"
+    assert f"results in {three.directory}\n" in three.output
+    assert "\n  profile " in three.output
+    for who, operation in (("rollout", "aten::convolution"), ("learner", "ConvolutionBackward0")):
+        trace = json.loads(
+            gzip.decompress((profile / f"iteration-00001-{who}.json.gz").read_bytes())
+        )
+        assert any(operation in str(event.get("name")) for event in trace["traceEvents"])
+    assert (profile / "ray-timeline.json.gz").is_file()
+
+
+def test_every_metric_of_a_run_is_in_the_documented_table(plain: Finished) -> None:
+    names = {name for line in plain.metrics for name in line} - {"iteration"}
+    assert not [name for name in names if describe(name)[0] not in METRICS]
 
 
 @pytest.mark.parametrize("which", [pytest.param("plain", marks=pytest.mark.slow), "pipelined"])

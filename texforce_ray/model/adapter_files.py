@@ -134,8 +134,8 @@ def _read_diffusers(file: Path, origin: str) -> PolicySnapshot:
                 "load_lora_weights and save it again, or give it as model.unet_adapters"
             )
         ranks = {value.shape[0] for key, value in tensors.items() if ".lora_A." in key}
-        if len(ranks) > 1:
-            raise ConfigError(f"{origin} has several ranks {sorted(ranks)}; one is supported")
+        if len(ranks) != 1:
+            raise ConfigError(f"{origin} has ranks {sorted(ranks)} in {part}; one is supported")
         rank = ranks.pop()
         alpha = float(metadata.get(f"{part}.lora_alpha", rank))
         targets = tuple(sorted({key.partition(".lora_")[0] for key in tensors}))
