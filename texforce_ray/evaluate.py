@@ -154,6 +154,7 @@ async def _evaluate(
     """Everything in one set of actors; a summary for each prompt set."""
     import ray
 
+    from texforce_ray.actors.autoscaling import Autoscaler
     from texforce_ray.actors.crew import Crew, connect
     from texforce_ray.actors.environments import prepare_environments
     from texforce_ray.actors.placement import wait_for_room
@@ -166,11 +167,18 @@ async def _evaluate(
     config = next(iter(configs.values()))  # they differ in the prompts alone
     check_writable(options.out)
     started = connect(config)
-    await wait_for_room(config, learner=False)
-    crew = Crew(config, await prepare_environments(config), learner=False)
-    summaries = {}
+    autoscaler = Autoscaler(config, learner=False)
+    summaries, crew = {}, None
     try:
+        await wait_for_room(
+            config,
+            learner=False,
+            autoscaler=autoscaler,
+            say=lambda text: print(text, file=sys.stderr),
+        )
+        crew = Crew(config, await prepare_environments(config), learner=False)
         await crew.ready()
+        autoscaler.give_back()
         refs = {name: [await crew.load_policy(parts)] for name, parts in policies.items()}
         for label, chosen in prompts.items():
             _, warning = await count_truncated(crew, chosen)
@@ -186,7 +194,9 @@ async def _evaluate(
             if options.save_images:
                 _save_images(results, options.save_images, folder)
     finally:
-        crew.close()
+        autoscaler.give_back()
+        if crew is not None:
+            crew.close()
         if started:
             ray.shutdown()
     return summaries

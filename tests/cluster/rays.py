@@ -21,6 +21,8 @@ from typing import Any
 
 REPO = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
+# A head notices within seconds that a node is gone, not within a quarter of a minute.
+NOTICES = {"RAY_health_check_period_ms": "1000"}
 STORE = 200_000_000  # bytes of each node's object store
 
 
@@ -43,6 +45,7 @@ class Node:
 
     process: subprocess.Popen
     log: Path
+    agent_port: int
 
     def end(self) -> None:
         """Ask it to stop; whatever of it is left is killed."""
@@ -93,35 +96,47 @@ class Rays:
 
     def start_head(self, *options: str, **env: str) -> Node:
         given = ("--head", f"--port={self.port}", "--disable-usage-stats", *options)
-        return self._start(given, self.env | env)
+        return self._start(given, self.env | NOTICES | env)
 
     def add_node(self, *options: str) -> Node:
-        return self._start((f"--address={self.address}", *options), self.env)
+        """A node that has joined: two that start at the same time get into each other's way."""
+        node = self._start((f"--address={self.address}", *options), self.env)
+        self._await(node)
+        return node
 
     def _start(self, options: tuple[str, ...], env: dict[str, str]) -> Node:
-        log = self.folder / f"node-{len(self.nodes)}.log"
+        log, agent_port = self.folder / f"node-{len(self.nodes)}.log", free_port()
         with log.open("w") as output:
             process = subprocess.Popen(
                 [
                     RAY, "start", "--block", f"--object-store-memory={STORE}",
                     # The usual one may be taken, and without its agent a node starts no jobs.
-                    f"--dashboard-agent-listen-port={free_port()}", *options,
+                    f"--dashboard-agent-listen-port={agent_port}", *options,
                 ],
                 cwd=self.folder, env=env, start_new_session=True,
                 stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
-        node = Node(process, log)
+        node = Node(process, log, agent_port)
         self.nodes.append(node)
         return node
 
-    def await_head(self, timeout: float = 60) -> None:
+    def await_head(self) -> None:
+        self._await(self.nodes[0])
+
+    def _await(self, node: Node, timeout: float = 60) -> None:
         deadline = time.monotonic() + timeout
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
-                return
-            assert self.nodes[0].process.poll() is None, self.nodes[0].log.read_text()
-            assert time.monotonic() < deadline, "the head did not start"
-            time.sleep(0.2)
+        while "Ray runtime started" not in (said := node.log.read_text()):
+            assert node.process.poll() is None, said
+            assert time.monotonic() < deadline, f"it did not start: {said}"
+            time.sleep(0.1)
+
+    def await_agent(self, timeout: float = 60) -> None:
+        """Until the head takes jobs."""
+        deadline = time.monotonic() + timeout
+        for port in (self.dashboard_port, self.nodes[0].agent_port):
+            while not _listens(port):
+                assert time.monotonic() < deadline, f"nobody listens at {port}"
+                time.sleep(0.1)
 
     def ray(self, *arguments: str, check: bool = True) -> str:
         """Output of a `ray` command."""
@@ -195,6 +210,12 @@ def scaling_head(cluster: Rays, head: dict[str, Any], worker: dict[str, Any], mo
         f"--autoscaling-config={file}",
         RAY_FAKE_CLUSTER="1", AUTOSCALER_UPDATE_INTERVAL_S="1",
     )  # fmt: skip
+
+
+def _listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
 
 
 def _command(pid: int) -> str:

@@ -48,15 +48,6 @@ def start(cluster: Rays, run_dir: Path, *arguments: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rays]:
-    """A head with room for one rollout actor; up to two nodes more of that size."""
-    with rays(tmp_path_factory.mktemp("rays")) as cluster:
-        scaling_head(cluster, {"CPU": 1}, {"CPU": 1, "rollout": 1}, most=2)
-        cluster.await_head()
-        yield cluster
-
-
 def samplers(trace: Path) -> set[int]:
     return {note["pid"] for note in stand_ins.read_trace(trace) if note["what"] == "sample"}
 
@@ -69,8 +60,17 @@ def await_true(what: Callable[[], bool], job: subprocess.Popen | None = None) ->
         time.sleep(0.2)
 
 
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rays]:
+    """A head with room for one rollout actor; up to two nodes more of that size."""
+    with rays(tmp_path_factory.mktemp("rays")) as cluster:
+        scaling_head(cluster, {"CPU": 1}, {"CPU": 1, "rollout": 1}, most=2)
+        cluster.await_head()
+        await_true(lambda: look(cluster)["at_work"])  # from its first report on
+        yield cluster
+
+
 def test_a_run_starts_small_grows_and_lets_the_nodes_go(growing: Rays, tmp_path: Path) -> None:
-    await_true(lambda: look(growing)["at_work"])
     trace = tmp_path / "trace"
     go_on = growing.nodes[0].pause(
         "autoscaler/_private/monitor.py"

@@ -47,6 +47,28 @@ def finish(job: subprocess.Popen, seconds: float) -> str:
         return job.communicate()[0]
 
 
+def test_a_dry_run_looks_at_the_cluster_and_fits(home: Rays) -> None:
+    def dry_run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [
+                sys.executable, "-m", "texforce_ray.run", "--config", "configs/smoke.yaml",
+                "--dry-run", f"ray.address={home.address}", "rollout.num_workers=9", *arguments,
+            ],
+            cwd=REPO, env=home.env, capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+
+    told = dry_run("rollout.num_gpus=1", "rollout.min_workers=9")
+    assert told.returncode == 0, told.stderr
+    assert "does not fit: this needs 5.1 CPU, 9 GPU; the cluster at " in told.stdout
+    assert "has 2 CPU, 0 GPU on 1 node" in told.stdout
+    assert "autoscaler is at work" not in told.stdout  # a head reports without one too
+    taken = dry_run("placement.rollout=home", "--fit")
+    assert taken.returncode == 0, taken.stderr
+    assert "--fit: rollout.num_workers 9 -> 2" in taken.stderr
+    assert "fits: the cluster at " in taken.stdout
+    assert "num_workers: 2" in taken.stdout
+
+
 @pytest.mark.timeout(240)
 def test_a_submitted_job_takes_a_node_that_joins_and_outlives_one_that_leaves(
     home: Rays, tmp_path: Path
@@ -58,7 +80,7 @@ def test_a_submitted_job_takes_a_node_that_joins_and_outlives_one_that_leaves(
         "--working-dir", ".", "--runtime-env-json",
         '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}', "--",
         "python", "-m", "texforce_ray.run", "--config", "configs/smoke.yaml",
-        f"run_dir={run_dir}", "iterations=8", "eval.every=0", "ray.resource_timeout_s=60",
+        f"run_dir={run_dir}", "iterations=6", "eval.every=0", "ray.resource_timeout_s=60",
         "placement.rollout=rollout", "placement.learner=home", "placement.reward=home",
         "rollout.num_workers=2", "rollout.min_workers=1", "rollout.num_cpus=1",
         f"rewards=[{{name: shapes}}, {{target: 'tests.cluster.gate:Gate', weight: 0.0, "
@@ -74,6 +96,7 @@ def test_a_submitted_job_takes_a_node_that_joins_and_outlives_one_that_leaves(
         said.append(home.ray(*submit, check=False))
         return "submitted successfully" in said[-1]
 
+    home.await_agent()
     await_true(submitted, lambda: said[-1], 60)
     await_true(lambda: first.runs(DRAWING), logs, 90)
     second = home.add_node("--num-cpus=1", '--resources={"rollout": 1}')
@@ -84,11 +107,12 @@ def test_a_submitted_job_takes_a_node_that_joins_and_outlives_one_that_leaves(
     await_true(lambda: second.runs(DRAWING), logs, 60)
     await_true(lambda: first.runs(DRAWING), logs, 60)
     first.kill()
-    await_true(lambda: '"seconds":' in logs() or "\nerror: " in logs(), logs, 90)
+    # Asking Ray for logs takes seconds of CPU: only when the run has ended.
+    await_true((run_dir / "report.html").exists, logs, 90)
+    await_true(lambda: '"seconds":' in logs(), logs, 30)
 
-    assert "\nerror: " not in logs()
     lines = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == list(range(8))
+    assert [line["iteration"] for line in lines] == list(range(6))
     assert lines[-1]["actors/restarts"] >= 1
     assert all(line["reward/masked"] == 0 for line in lines)
     assert (run_dir / "adapter" / "adapter_model.safetensors").exists()
@@ -105,7 +129,7 @@ def test_learners_are_packed_and_start_again_where_there_is_room(
             sys.executable, "tests/cluster/job.py", str(tmp_path / "run"), home.address, str(trace),
             "0.2", "rollout.num_cpus=0", "placement.rollout=home", "placement.learner=learner",
             "learner.num_workers=2", "learner.gradient_shards=2", "learner.num_cpus=1",
-            "iterations=8", "ray.resource_timeout_s=60",
+            "iterations=4", "ray.resource_timeout_s=60",
         ],
         cwd=REPO, env=home.env, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -246,6 +246,9 @@ def test_rollouts_wait_for_slow_rewards() -> None:
             held -= 1
             return Scores([1.0] * len(prompts), None, 0.01)
 
+        async def redo_if_lost(self, attempt: Any) -> Any:
+            return await attempt()
+
     async def job() -> int:
         units = plan_units(config, [Prompt("a"), Prompt("b")], 0)
         crew: Any = Crew()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from typing import Literal
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -38,7 +39,7 @@ class Autoscaler:
 
     def ask(self) -> bool:
         """Ask, if an autoscaler is at work; whether one is."""
-        if self._wanted is False or (self._wanted == "auto" and not at_work()):
+        if not _scales(self._wanted):
             return False
         bundles = [
             {name: amount for name, amount in request.resources.items() if amount}
@@ -59,6 +60,16 @@ class Autoscaler:
             request_resources(bundles=[])
         except Exception as error:  # the cluster may be gone; that must not hide why
             log.warning("%s; nodes may stay for this run until another one asks for some", error)
+
+
+def patience(config: Config) -> float:
+    """Seconds to wait for room for what is asked of the cluster without an `Autoscaler`."""
+    scales = _scales(config.ray.autoscale)
+    return config.ray.autoscale_timeout_s if scales else config.ray.resource_timeout_s
+
+
+def _scales(setting: Literal["auto"] | bool) -> bool:
+    return at_work() if setting == "auto" else setting
 
 
 def at_work() -> bool:

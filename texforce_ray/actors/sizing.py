@@ -7,6 +7,7 @@ import asyncio
 import ray
 from ray.exceptions import RayError
 
+from texforce_ray.actors.autoscaling import patience
 from texforce_ray.actors.fit import needs
 from texforce_ray.actors.placement import options
 from texforce_ray.actors.pool import readable
@@ -31,7 +32,7 @@ async def with_sizes(config: Config) -> Config:
     role = config.rollout if not config.rollout.batch_size else config.learner
     where = options(needs(config, role))
     task = ray.remote(find_sizes).options(**where, max_retries=0).remote(config)
-    timeout = config.ray.start_timeout_s + config.ray.resource_timeout_s
+    timeout = config.ray.start_timeout_s + patience(config)
     try:
         batch, micro = await asyncio.wait_for(asyncio.wrap_future(task.future()), timeout)
     except RayError as error:

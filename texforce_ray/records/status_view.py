@@ -31,7 +31,7 @@ def run_view(run_dir: Path, status: Status | None, title: str = "") -> Renderabl
     if status is None:
         parts.append(Text("no status yet: it was written by an earlier version, or is starting"))
     else:
-        parts += [*_head(status, metrics), _actors(status), *_queues(status.values)]
+        parts += [*_head(status, metrics), *_actors(status), *_queues(status.values)]
     if metrics:
         parts += [Text(), _iterations(metrics)]
     if status is not None:
@@ -73,10 +73,10 @@ def _head(status: Status, metrics: Sequence[Mapping[str, Any]]) -> list[Renderab
     return [*head, Text("  ".join(figures))]
 
 
-def _actors(status: Status) -> RenderableType:
+def _actors(status: Status) -> list[RenderableType]:
     actors: list[dict[str, Any]] = status.values.get("actors", [])
     if not actors:
-        return Text()
+        return []
     many = len(actors) > _MANY
     table = Table(box=None, padding=(0, 2, 0, 0), expand=False, header_style="bold")
     for column in ("role" if many else "actor", "node", "doing"):
@@ -85,7 +85,7 @@ def _actors(status: Status) -> RenderableType:
     rows = _counted(actors) if many else _listed(actors)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    return Group(Text(), table)
+    return [Text(), table]
 
 
 def _listed(actors: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
