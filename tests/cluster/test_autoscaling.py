@@ -90,6 +90,7 @@ def test_a_run_starts_small_grows_and_lets_the_nodes_go(growing: Rays, tmp_path:
     await_true(lambda: look(growing)["nodes"] == 1)
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_nodes_that_only_the_autoscaler_has(growing: Rays, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     job = start(

@@ -119,6 +119,7 @@ def test_a_submitted_job_takes_a_node_that_joins_and_outlives_one_that_leaves(
     second.end()
 
 
+@pytest.mark.slow
 def test_learners_are_packed_and_start_again_where_there_is_room(
     home: Rays, tmp_path: Path
 ) -> None:
