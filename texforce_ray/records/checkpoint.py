@@ -159,7 +159,7 @@ def read_best(run_dir: Path) -> dict[str, Any] | None:
     try:
         best = from_json((run_dir / "checkpoints" / "best.json").read_text())
         return {"iteration": int(best["iteration"]), "score": float(best["score"])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, OverflowError, KeyError, TypeError):
         return None
 
 
