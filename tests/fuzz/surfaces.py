@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ def surfaces(scratch: Path) -> list[Surface]:
         Surface("run directory: resume", [run], _resume, ours, ("metrics.jsonl", "tensorboard")),
         Surface("run directory: report", [run], _report, ours, ("report.html",)),
         Surface("run directory: capacity", [run], _capacity, ours),
+        Surface("run directory: status", [_watched(run)], _status, ours),
         Surface("samples file", [{"s.parquet": run[_SAMPLES]}], _read_samples, ours),
         Surface("reward request", _requests(), _ask, (*ours, ValueError, TypeError)),
     ]
@@ -218,6 +220,32 @@ def _capacity(folder: Path) -> object:
     from texforce_ray.capacity import measured
 
     return measured(folder)
+
+
+def _watched(run: Files) -> Files:
+    """What `texforce_ray.status` reads of a run that is going on."""
+    busy = {"role": "rollout", "node": "10.0.0.1", "name": "rollout-0", "state": "busy"}
+    busy |= {"who": "cpu, pid 7 on 10.0.0.1", "doing": "sampling", "seconds": 1.5}
+    status = {"time": 1.8e9, "started": 1.7e9, "pid": 7, "host": "a", "state": "running"}
+    status |= {"version": 1, "iterations": 2, "reward": 0.5, "samples_per_second": 3.0}
+    status |= {"restarts": 1, "actors": [busy], "queues": {"rollout": 1, "unscored": 2}}
+    status |= {"start_iteration": 0, "unscored_limit": 4, "run_dir": "/runs/a"}
+    status |= {"errors": [{"time": 1.8e9, "text": "reward-0 failed"}]}
+    return {
+        "status.json": json.dumps(status).encode(),
+        "metrics.jsonl": run["metrics.jsonl"],
+    }
+
+
+def _status(folder: Path) -> object:
+    from rich.console import Console
+
+    from texforce_ray.records.status import read_status
+    from texforce_ray.records.status_view import run_view
+
+    console = Console(width=80, file=io.StringIO())
+    console.print(run_view(folder, read_status(folder)))
+    return console
 
 
 def _read_samples(folder: Path) -> object:

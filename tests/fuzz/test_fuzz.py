@@ -35,6 +35,7 @@ NAMES = (
     "run directory: resume",
     "run directory: report",
     "run directory: capacity",
+    "run directory: status",
     "samples file",
     "reward request",
 )

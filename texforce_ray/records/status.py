@@ -112,7 +112,7 @@ def _gone(values: Mapping[str, Any], age: float) -> str:
 def _alive(pid: Any) -> bool:
     try:
         os.kill(int(pid), 0)
-    except (ProcessLookupError, TypeError, ValueError):
+    except (ProcessLookupError, TypeError, ValueError, OverflowError):
         return False
     except PermissionError:  # another user's
         return True

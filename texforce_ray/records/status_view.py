@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from texforce_ray.errors import RunDirectoryError
 from texforce_ray.records.metrics import read_metrics
 from texforce_ray.records.progress import duration
 from texforce_ray.records.status import Status
@@ -24,7 +25,20 @@ _TREND = 30  # iterations in the small curve
 
 
 def run_view(run_dir: Path, status: Status | None, title: str = "") -> RenderableType:
-    """Everything about a run; `title`: a line above."""
+    """Everything about a run; `title`: a line above.
+
+    Raises:
+        RunDirectoryError: its files are not as a run writes them.
+    """
+    try:
+        return _run_view(run_dir, status, title)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RunDirectoryError(
+            f"status.json or metrics.jsonl of {run_dir} is not as a run writes it: {error}"
+        ) from error
+
+
+def _run_view(run_dir: Path, status: Status | None, title: str) -> RenderableType:
     parts: list[RenderableType] = [Text(title, style="bold")] if title else []
     parts.append(Text(str(run_dir), style="bold", overflow="fold"))
     metrics = read_metrics(run_dir)
