@@ -43,8 +43,16 @@ def load_config(
                 raise ConfigError(f"override {override!r} should look like key.sub=value")
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(_listed(tree, overrides)))
         values = OmegaConf.to_container(tree, resolve=True)
-    except (OmegaConfBaseException, YAMLError, LookupError, TypeError, ValueError) as error:
-        # OmegaConf lets some of Python's own errors through, e.g. for `seed=0x_`.
+    except (
+        OmegaConfBaseException,
+        YAMLError,
+        LookupError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # OmegaConf lets some of Python's own errors through, e.g. for `seed=0x_`; its own for a
+        # file that holds a bare value is an OSError.
         raise ConfigError(
             f"cannot read config {path or ''} {' '.join(overrides)}: {error}"
         ) from None
