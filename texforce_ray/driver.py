@@ -1,7 +1,7 @@
 """The driver: one Ray job that coordinates rollouts, rewards and learner. Read `_iterate` first.
 
-It moves references between actors and never touches a tensor; it is the only writer of the run
-directory.
+It moves references between actors; of tensors it only keeps the policy and the learner's state, so
+that no lost node takes them along. It is the only writer of the run directory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The driver's view of the policy: versions and references to their snapshots, no tensors."""
+"""The driver's view of the policy: versions, references to their snapshots, and a copy to keep."""
 
 from __future__ import annotations
 
