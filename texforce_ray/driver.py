@@ -13,6 +13,7 @@ import time
 from collections.abc import Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ from texforce_ray.records.checkpoint import (
     newest_checkpoint,
     step_of,
 )
+from texforce_ray.records.exclusive import check_exclusive
 from texforce_ray.records.progress import Progress
+from texforce_ray.records.rescaled import drop_old_totals
 from texforce_ray.records.run_directory import RunDirectory, check_resumable, digest
 from texforce_ray.records.tracking import check_trackers
 from texforce_ray.rewards import check_differentiable, resolve
@@ -99,6 +102,8 @@ def train(config: Config, *, resume: bool = False, roles: Roles = Roles()) -> Ru
     prompts, eval_prompts = check_inputs(config)
     prompts_digest = digest([*prompts, *eval_prompts])
     changes = check_resumable(config, prompts_digest) if resume else None
+    if resume:
+        check_exclusive(Path(config.run_dir))
     job = _train(config, prompts, eval_prompts, prompts_digest, changes, roles)
     try:
         asyncio.get_running_loop()
@@ -192,6 +197,12 @@ async def _evaluate(run: _Run, policy: Policy) -> None:
     run.recorder.evaluation(policy.version, result)
 
 
+async def _evaluate_again(run: _Run, policy: Policy) -> None:
+    """The evaluation that the run was stopped in."""
+    run.progress.message(f"evaluating version {policy.version}: the run was stopped in it")
+    await _evaluate(run, policy)
+
+
 async def _finish(run: _Run, policy: Policy) -> dict[str, dict[str, float]]:
     """Final adapter, comparison of base and tuned, report."""
     config, crew = run.config, run.crew
@@ -236,7 +247,7 @@ async def _train(
         recorder = Recorder(config, directory)
         monitor = cleanup.enter_context(Monitor(config, directory, start))
         policy: Policy | None = None
-        baseline = Baseline(config, checkpoint.prompt_statistics if checkpoint else {})
+        baseline = _baseline(config, checkpoint, progress)
         try:
             autoscaler = Autoscaler(config)
             cleanup.callback(autoscaler.give_back)
@@ -248,6 +259,7 @@ async def _train(
             run = _Run(config, prompts, eval_prompts, crew, recorder, progress)
             policy = await _start(run, checkpoint)
             autoscaler.give_back()  # the actors hold their nodes now
+            await recorder.catch_up(policy, baseline, partial(_evaluate_again, run, policy))
             await _iterate(run, policy, baseline)
             comparison = await _finish(run, policy)
         except (RayError, TexForceError) as error:
@@ -300,6 +312,16 @@ def _restore(config: Config) -> Checkpoint | None:
         )
     log.warning("no checkpoint is whole, the run's first one included: starting it again")
     return None
+
+
+def _baseline(config: Config, checkpoint: Checkpoint | None, progress: Progress) -> Baseline:
+    """What is remembered of prompts' rewards, as far as it still holds."""
+    if checkpoint is None:
+        return Baseline(config, {})
+    remembered, dropped = drop_old_totals(Path(config.run_dir), config, checkpoint)
+    for text in dropped:
+        progress.message(text)
+    return Baseline(config, remembered)
 
 
 async def _start(run: _Run, checkpoint: Checkpoint | None) -> Policy:

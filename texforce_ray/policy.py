@@ -13,6 +13,7 @@ from texforce_ray.actors.crew import Crew
 from texforce_ray.collect import TrainingBatch, sample_again
 from texforce_ray.config import Config
 from texforce_ray.records.checkpoint import Checkpoint
+from texforce_ray.records.rescaled import reward_weights
 
 
 class Policy:
@@ -87,4 +88,5 @@ class Policy:
         state, *snapshots, evaluated = await asyncio.gather(
             *(asyncio.wrap_future(ref.future()) for ref in refs)
         )
-        return Checkpoint(state, tuple(snapshots), evaluated, prompt_statistics)
+        weights = reward_weights(self.config)
+        return Checkpoint(state, tuple(snapshots), evaluated, prompt_statistics, weights)

@@ -7,7 +7,8 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,15 @@ from texforce_ray.evaluation import Evaluation
 from texforce_ray.policy import Policy
 from texforce_ray.profiling import write_profile
 from texforce_ray.records.checkpoint import (
+    Whole,
     checkpoint_path,
-    is_complete,
     mark_best,
     prune,
     save_checkpoint,
 )
 from texforce_ray.records.metrics import read_metrics
 from texforce_ray.records.model_card import ModelCardInfo
+from texforce_ray.records.rescaled import last_change, reward_weights
 from texforce_ray.records.run_directory import RunDirectory, write_evaluation
 from texforce_ray.rl.baseline import Baseline
 from texforce_ray.watch import Watch
@@ -48,7 +50,9 @@ class Recorder:
         self._best: float | None = None
         self._checkpoint_seconds = 0.0
         self._evaluation: dict[str, float] = {}
-        self._watch = Watch(read_metrics(directory.path))
+        self._whole = Whole()
+        self._metrics = read_metrics(directory.path)[-1:]  # of a resumed run
+        self._watch = Watch(_comparable(directory.path))
         self._warnings: list[str] = []
         self.start_iteration()
 
@@ -103,6 +107,28 @@ class Recorder:
             base = self._base.means(self.names)
             self._evaluation |= {f"eval/base_{name}": value for name, value in base.items()}
         self._grid(version, result)
+
+    async def catch_up(
+        self, policy: Policy, baseline: Baseline, evaluate: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Complete a resumed run's last iteration, whose evaluation may have been cut short.
+
+        By a signal or a reward's error: its line is there then, and so is its checkpoint. Or the
+        process was killed before it noted that the checkpoint is the best one.
+        """
+        every, version = self.config.eval.every, policy.version
+        last = self._metrics[0] if self._metrics else {}
+        if not every or version % every or last.get("iteration") != version - 1:
+            return
+        if last.get("eval/total") is None:
+            await evaluate()
+            await _in_thread(self.directory.metrics.amend, version - 1, self._evaluation)
+            self._evaluation = {}
+        elif version > last_change(self.directory.path):
+            self._best = float(last["eval/total"])
+        else:
+            return
+        await self.checkpoint(policy, baseline)
 
     def _grid(self, version: int, result: Evaluation) -> None:
         shown = len(result.shown)
@@ -201,13 +227,13 @@ class Recorder:
     async def checkpoint(self, policy: Policy, baseline: Baseline) -> None:
         """Write the current version, note it if it is the best, delete what is not kept."""
         path = self.directory.path
-        if not is_complete(checkpoint_path(path, policy.version)):
+        if not await asyncio.to_thread(self._whole, checkpoint_path(path, policy.version)):
             state = await policy.checkpoint(baseline.statistics.buffers)
             await _in_thread(save_checkpoint, path, state)
         if self._best is not None:
-            mark_best(path, policy.version, self._best)
+            mark_best(path, policy.version, self._best, reward_weights(self.config))
             self._best = None
-        prune(path, self.config.checkpoint.keep_last)
+        await _in_thread(prune, path, self.config.checkpoint.keep_last, self._whole)
 
     def finish(
         self,
@@ -262,6 +288,17 @@ class Recorder:
                 [base.total[:shown].tolist(), tuned.total[:shown].tolist()],
             )
         self.directory.report()
+
+
+def _comparable(run_dir: Path) -> list[dict[str, Any]]:
+    """A resumed run's earlier metrics, without totals of other weights of the rewards."""
+    changed, found = last_change(run_dir), read_metrics(run_dir)
+    return [
+        line
+        if line["iteration"] >= changed
+        else {key: value for key, value in line.items() if not key.startswith("reward/total_")}
+        for line in found
+    ]
 
 
 async def _in_thread(function: Callable[..., Any], *given: Any) -> None:

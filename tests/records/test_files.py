@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
+from tests.chaos.torture import checkpoint
 from texforce_ray.errors import RunDirectoryError
 from texforce_ray.records import files
+from texforce_ray.records.checkpoint import save_checkpoint
+from texforce_ray.records.metrics import MetricsLog
 
 
 def _no_space(*_: Any, **__: Any) -> None:
@@ -99,3 +102,26 @@ def test_check_writable_notices_a_full_disk(
     with pytest.raises(RunDirectoryError, match="No space left"):
         files.check_writable(tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+def test_new_directories_are_synced_in_their_parents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, synced = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    files.atomic_write_text(tmp_path / "run" / "samples" / "a", "x")
+    assert {tmp_path, tmp_path / "run", tmp_path / "run" / "samples"} <= set(synced)
+    synced.clear()
+    save_checkpoint(tmp_path / "other", checkpoint(1))
+    assert {tmp_path, tmp_path / "other", tmp_path / "other" / "checkpoints"} <= set(synced)
+    synced.clear()
+    MetricsLog(tmp_path / "other").close()
+    assert tmp_path / "other" in synced, "metrics.jsonl itself is a new entry"
+    synced.clear()
+    files.check_writable(tmp_path / "third" / "run")
+    assert {tmp_path, tmp_path / "third"} <= set(synced)

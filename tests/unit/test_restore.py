@@ -10,7 +10,8 @@ from tests.chaos.torture import checkpoint
 from texforce_ray.config_io import load_config
 from texforce_ray.driver import _restore
 from texforce_ray.errors import CheckpointError
-from texforce_ray.records.checkpoint import save_checkpoint
+from texforce_ray.records import checkpoint as checkpoints
+from texforce_ray.records.checkpoint import Whole, prune, save_checkpoint
 
 
 def _damaged(run_dir: Path, *iterations: int) -> None:
@@ -43,3 +44,27 @@ def test_not_from_the_beginning_of_a_long_run(tmp_path: Path) -> None:
     _damaged(tmp_path, 7, 8)
     with pytest.raises(CheckpointError, match="move that folder away"):
         _restored(tmp_path)
+
+
+def test_pruning_hashes_each_checkpoint_once_and_again_where_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+
+    def is_complete(path: Path) -> bool:
+        hashed.append(path.name)
+        return real(path)
+
+    real = checkpoints.is_complete
+    whole = Whole()
+    for iteration in range(1, 7):
+        save_checkpoint(tmp_path, checkpoint(iteration))
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoints, "is_complete", is_complete)
+            prune(tmp_path, 2, whole)
+    assert hashed == [f"step-{i:05d}" for i in range(1, 7)]
+    _damaged(tmp_path, 6)
+    save_checkpoint(tmp_path, checkpoint(7))
+    prune(tmp_path, 2, whole)
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step-00005", "step-00006", "step-00007"], "a damaged one pushes none out"

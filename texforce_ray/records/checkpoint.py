@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,13 @@ from safetensors.numpy import load_file, save
 
 from texforce_ray.errors import CheckpointError
 from texforce_ray.model.snapshot import LearnerState, LoraShape, PolicySnapshot, Tensors
-from texforce_ray.records.files import atomic_write_text, from_json, fsync_directory, write_error
+from texforce_ray.records.files import (
+    atomic_write_text,
+    from_json,
+    fsync_directory,
+    make_directory,
+    write_error,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +42,15 @@ class Checkpoint:
 
     snapshots: the newest max_staleness + 1 policy versions, oldest first; the last one is the
     current policy. evaluation: the averaged adapter if there is EMA, else the current one.
-    prompt_statistics: remembered rewards of each prompt.
+    prompt_statistics: remembered rewards of each prompt. reward_weights: those that these totals
+    were made with, by reward; empty in checkpoints of versions that did not store them.
     """
 
     state: LearnerState
     snapshots: tuple[PolicySnapshot, ...]
     evaluation: PolicySnapshot
     prompt_statistics: dict[str, list[float]] = field(default_factory=dict)
+    reward_weights: dict[str, float] = field(default_factory=dict)
 
     @property
     def iteration(self) -> int:
@@ -64,7 +73,7 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
     temporary = final.with_name(f".{final.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        make_directory(temporary)
         digests = {}
         for name, data in _files(checkpoint).items():
             _write(temporary / name, data)
@@ -105,10 +114,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
             for i, facts in enumerate(meta["snapshots"])
         ]
         statistics = {k: [float(r) for r in v] for k, v in meta["prompt_statistics"].items()}
+        weights = _weights(meta.get("reward_weights", {}))
         *earlier, evaluation = snapshots
     except (OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
-    return Checkpoint(state, tuple(earlier), evaluation, statistics)
+    return Checkpoint(state, tuple(earlier), evaluation, statistics, weights)
 
 
 def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
@@ -133,34 +143,81 @@ def is_complete(path: Path) -> bool:
         return False
 
 
-def prune(run_dir: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the best one."""
+class Whole:
+    """Which checkpoints are whole, each hashed once: again only if a file of it has changed."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[Any, ...]] = {}
+
+    def __call__(self, path: Path) -> bool:
+        try:
+            now = tuple((f.name, *_stamp(f)) for f in sorted(path.iterdir()))
+        except OSError:
+            return False
+        if self._known.get(path) != now:
+            if not is_complete(path):
+                return False
+            self._known[path] = now
+        return True
+
+
+def _stamp(file: Path) -> tuple[int, int, int]:
+    facts = file.stat()
+    return facts.st_size, facts.st_mtime_ns, facts.st_ino
+
+
+def prune(run_dir: Path, keep_last: int, whole: Callable[[Path], bool] = is_complete) -> None:
+    """Delete all but the newest `keep_last` checkpoints that are `whole`, and the best one."""
     best = read_best(run_dir)
     keep = {best["iteration"]} if best else set()
     # A damaged one does not count: it must not push out what can still be read.
-    whole = [path for path in checkpoints(run_dir) if is_complete(path)]
-    for path in whole[:-keep_last]:
+    found = [path for path in checkpoints(run_dir) if whole(path)]
+    for path in found[:-keep_last]:
         if step_of(path) not in keep:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def mark_best(run_dir: Path, iteration: int, score: float) -> bool:
-    """Note the checkpoint of `iteration` as the best one, if its evaluation beats the noted one."""
-    best = read_best(run_dir)
-    if not math.isfinite(score) or (best and best["score"] >= score):
+def mark_best(
+    run_dir: Path, iteration: int, score: float, weights: Mapping[str, float] | None = None
+) -> bool:
+    """Note the checkpoint of `iteration` as the best one, if its evaluation beats the noted one.
+
+    `weights` of the rewards say on which scale the score is; a score of another scale is replaced.
+    """
+    weights, best = dict(weights or {}), read_best(run_dir)
+    if not math.isfinite(score):
         return False
-    text = json.dumps({"iteration": iteration, "score": score})
-    atomic_write_text(run_dir / "checkpoints" / "best.json", text)
+    if best and best["score"] >= score and best["weights"] in ({}, weights):
+        return False
+    text = json.dumps({"iteration": iteration, "score": score, "weights": weights})
+    atomic_write_text(_best_file(run_dir), text)
     return True
 
 
 def read_best(run_dir: Path) -> dict[str, Any] | None:
-    """{"iteration", "score"} of the best checkpoint so far."""
+    """{"iteration", "score", "weights"} of the best checkpoint so far."""
     try:
-        best = from_json((run_dir / "checkpoints" / "best.json").read_text())
-        return {"iteration": int(best["iteration"]), "score": float(best["score"])}
-    except (OSError, ValueError, OverflowError, KeyError, TypeError):
+        best = from_json(_best_file(run_dir).read_text())
+        return {
+            "iteration": int(best["iteration"]),
+            "score": float(best["score"]),
+            "weights": _weights(best.get("weights", {})),
+        }
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError):
         return None
+
+
+def forget_best(run_dir: Path) -> None:
+    """No checkpoint is the best one any more."""
+    _best_file(run_dir).unlink(missing_ok=True)
+
+
+def _best_file(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / "best.json"
+
+
+def _weights(found: Any) -> dict[str, float]:
+    return {str(name): float(weight) for name, weight in found.items()}
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -185,6 +242,7 @@ def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
         "updates": state.updates,
         "skipped": state.skipped,
         "prompt_statistics": checkpoint.prompt_statistics,
+        "reward_weights": checkpoint.reward_weights,
         "snapshots": [
             {
                 "version": s.version,

@@ -30,7 +30,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         try:
             # Not tempfile: its mode 0600 would hide the run from the user's colleagues.
             with open(temporary, "xb") as file:
@@ -93,6 +93,24 @@ def fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def make_directory(directory: Path) -> None:
+    """Make `directory` and its missing parents, so that they survive a power cut too.
+
+    A new directory is an entry of its parent: synced itself alone, it can be gone with all that
+    was synced in it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    directory = Path(directory)
+    if directory.is_dir():
+        return
+    if not directory.parent.is_dir():
+        make_directory(directory.parent)
+    directory.mkdir(exist_ok=True)
+    fsync_directory(directory.parent)
+
+
 def check_writable(run_dir: Path) -> None:
     """Create `run_dir` and write, sync and remove a small file in it, before any work is spent.
 
@@ -102,7 +120,7 @@ def check_writable(run_dir: Path) -> None:
     run_dir = Path(run_dir)
     probe = run_dir / f".writable.{secrets.token_hex(4)}.tmp"
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_directory(run_dir)
         try:
             with open(probe, "xb") as file:
                 file.write(b"\0" * 4096)  # an empty file fits even on a full disk

@@ -15,7 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from texforce_ray.errors import RunDirectoryError
-from texforce_ray.records.files import atomic_write_bytes, from_json, write_error
+from texforce_ray.records.files import (
+    atomic_write_bytes,
+    from_json,
+    fsync_directory,
+    make_directory,
+    write_error,
+)
 from texforce_ray.records.status import State
 from texforce_ray.records.tensorboard import TensorBoardLog
 from texforce_ray.records.tracking import Tracker
@@ -49,14 +55,10 @@ class MetricsLog:
         run_dir = Path(run_dir)
         self._path = run_dir / FILE_NAME
         _repair(self._path, resume_from)
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: a buffered file would try again to write a failed line when closed.
-            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - see close()
-        except OSError as error:
-            raise write_error(self._path, error) from error
+        self._open()
         tensorboard = TensorBoardLog(run_dir / "tensorboard", purge_from=resume_from)
         self.trackers: list[Tracker] = [tensorboard, *trackers]
+        self._histories = tuple(self.trackers)  # those added later show only what is going on
 
     def append(self, iteration: int, values: Mapping[str, Value]) -> None:
         """Write the line of `iteration`; it is on disk when this returns.
@@ -69,12 +71,28 @@ class MetricsLog:
             TypeError: a value is not a number, text or None.
         """
         plain = {key: _plain(key, value) for key, value in values.items()}
-        line = {"iteration": int(iteration)}
-        line.update((key, _finite_or_none(value)) for key, value in plain.items())
-        self._append_line(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        scalars = {key: float(v) for key, v in plain.items() if isinstance(v, (int, float))}
-        for tracker in self.trackers:
-            tracker.add_scalars(scalars, iteration)
+        self._append_line(_encoded({"iteration": int(iteration), **plain}))
+        _tell(self.trackers, plain, iteration)
+
+    def amend(self, iteration: int, values: Mapping[str, Value]) -> None:
+        """Add `values` to the line of `iteration`, which is written already.
+
+        Trackers that keep what they are given, those of the constructor, get them too.
+
+        Raises:
+            RunDirectoryError: the file could not be replaced; it is as it was.
+        """
+        plain = {key: _plain(key, value) for key, value in values.items()}
+        lines = [
+            _encoded({**record, **plain}) if record["iteration"] == iteration else line + b"\n"
+            for record, line in _parse(self._path, _read(self._path))
+        ]
+        self._file.close()
+        try:
+            atomic_write_bytes(self._path, b"".join(lines))
+        finally:
+            self._open()
+        _tell(self._histories, plain, iteration)
 
     def add_image(self, tag: str, image: NDArray[np.uint8], iteration: int) -> None:
         """Show `image` (uint8 `[H,W,3]`) in TensorBoard and other trackers under `tag`."""
@@ -97,6 +115,17 @@ class MetricsLog:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _open(self) -> None:
+        try:
+            make_directory(self._path.parent)
+            new = not self._path.exists()
+            # Unbuffered: a buffered file would try again to write a failed line when closed.
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - see close()
+            if new:
+                fsync_directory(self._path.parent)
+        except OSError as error:
+            raise write_error(self._path, error) from error
 
     def _append_line(self, line: bytes) -> None:
         descriptor = self._file.fileno()
@@ -168,6 +197,17 @@ def _parse(path: Path, data: bytes) -> list[tuple[dict[str, Any], bytes]]:
                 "the line, or restore the file."
             )
     return parsed
+
+
+def _tell(trackers: Sequence[Tracker], plain: Mapping[str, Value], iteration: int) -> None:
+    scalars = {key: float(v) for key, v in plain.items() if isinstance(v, (int, float))}
+    for tracker in trackers:
+        tracker.add_scalars(scalars, iteration)
+
+
+def _encoded(record: Mapping[str, Value]) -> bytes:
+    line = {key: _finite_or_none(value) for key, value in record.items()}
+    return json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def _plain(key: str, value: Any) -> Value:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from texforce_ray.config import Config, safe_paths
 from texforce_ray.config_io import load_config, to_yaml
@@ -34,6 +35,7 @@ from texforce_ray.records.tracking import open_trackers
 
 log = logging.getLogger(__name__)
 
+_GRID = "eval/images"
 _ROW = 8  # images of a strip's row
 
 
@@ -80,7 +82,19 @@ class RunDirectory:
             known = path / "changes.jsonl"
             earlier = known.read_text() if known.exists() else ""
             files = {"changes.jsonl": earlier + "".join(f"{line}\n" for line in lines)} | files
-        return _open(config, start, files)
+        directory = _open(config, start, files)
+        directory._show_grid_again(start)
+        return directory
+
+    def _show_grid_again(self, version: int) -> None:
+        """To TensorBoard, which hides what older files hold of this step and of later ones."""
+        picture = self.path / "images" / f"step-{version:05d}.png"
+        if version and picture.is_file():
+            try:
+                with Image.open(picture) as image:
+                    self.metrics.trackers[0].add_image(_GRID, np.array(image), version)
+            except (OSError, SyntaxError, ValueError) as error:
+                log.warning("TensorBoard has no grid of version %d: %s", version, error)
 
     def recorded_mask(self, iteration: int, seeds: np.ndarray) -> np.ndarray:
         """bool [N], False for samples that an earlier attempt at this iteration masked for good."""
@@ -112,7 +126,7 @@ class RunDirectory:
         picture = grid(images, columns, titles=titles, header=f"after {version} iterations")
         save_png(self.path / "images" / f"step-{version:05d}.png", picture)
         save_png(self.path / "images" / f"row-{version:05d}.png", np.hstack(list(images[:_ROW])))
-        self.metrics.add_image("eval/images", picture, version)
+        self.metrics.add_image(_GRID, picture, version)
 
     def write_adapter(self, files: Mapping[str, bytes], card: ModelCardInfo) -> Path:
         """adapter/: the exported files and a model card."""
@@ -201,10 +215,11 @@ def read_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
     if not file.is_file():
         raise RunDirectoryError(f"{run_dir} is not a run: it holds no config.yaml")
     try:
-        before = load_config(file)
+        before = load_config(file, stored=True)
     except ConfigError as error:
         raise RunDirectoryError(f"{file} is damaged or of another version: {error}") from None
-    now = load_config(file, [*overrides, f"run_dir={run_dir.absolute()}"])
+    own = {"run_dir": str(run_dir.absolute())}
+    now = load_config(file, overrides, plain=own, stored=True)
     check_same(before, now, run_dir)
     return now
 
