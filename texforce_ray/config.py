@@ -119,10 +119,24 @@ class DiffusionConfig(_Section):
 
 
 class PromptSource(_Section):
-    """Where prompts come from: a built-in set or a file."""
+    """Where prompts come from: a built-in set, a file or folder, or a Hugging Face data set."""
 
     set: str | None = Field(None, description="name of a built-in prompt set")
-    path: str | None = Field(None, description="file: .txt, .json, .jsonl, .csv or .parquet")
+    path: str | None = Field(
+        None,
+        description="file: .txt, .json, .jsonl, .csv, .tsv (each also as .gz) or .parquet; or a "
+        "folder of .parquet files",
+    )
+    dataset: str | None = Field(
+        None,
+        description="Hugging Face data set: a hub id, or a folder. Needs: pip install "
+        "'texforce-ray[datasets]'",
+    )
+    subset: str | None = Field(None, description="the data set's configuration, if it has several")
+    split: str | None = Field(
+        None, description="split of a data set or folder, e.g. 'train'; needed if it has several"
+    )
+    revision: str | None = Field(None, description="hub revision of the data set to pin")
     column: str = Field("prompt", description="field or column that holds the prompt's text")
     min_words: int = Field(1, ge=1, description="leave out shorter prompts")
     max_words: int | None = Field(None, ge=1, description="leave out longer prompts")
@@ -134,8 +148,17 @@ class PromptSource(_Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> PromptSource:
-        if (self.set is None) == (self.path is None):
-            raise ValueError("give exactly one of 'set' (a built-in set) and 'path' (a file)")
+        given = [name for name in ("set", "path", "dataset") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "give exactly one of 'set' (a built-in set), 'path' (a file) and 'dataset' (of "
+                f"Hugging Face), not {' and '.join(given) or 'none'}"
+            )
+        for name in ("subset", "revision"):
+            if getattr(self, name) is not None and self.dataset is None:
+                raise ValueError(f"{name}: means nothing without 'dataset'")
+        if self.split is not None and self.set is not None:
+            raise ValueError("split: a built-in set has no splits")
         return self
 
 
@@ -376,6 +399,13 @@ class LearnerConfig(_Section):
     num_gpus: float = placement(0.0, "GPUs that Ray reserves for each", ge=0)
     resources: dict[str, float] = placement({}, "custom Ray resources")
     timeout_s: float = placement(7200.0, "deadline of one iteration's updates", gt=0)
+    min_gradient_agreement: float = placement(
+        0.9,
+        "in half precision, the least cosine of the first gradient to the same in float32; below "
+        "it the run stops before its first update",
+        ge=-1,
+        le=1,
+    )
 
 
 class PlacementConfig(_Section):

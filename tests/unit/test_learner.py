@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from texforce_ray.config import Config
@@ -18,7 +19,7 @@ from texforce_ray.config_io import make_config
 from texforce_ray.diffusion import ddim
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.diffusion.trajectory import Trajectory
-from texforce_ray.errors import NumericsError
+from texforce_ray.errors import ConfigError, NumericsError
 from texforce_ray.model.backbone import Backbone, load_backbone
 from texforce_ray.rl import ppo
 from texforce_ray.rl.learner import Learner, _mean_metrics, _Totals
@@ -235,7 +236,8 @@ def test_gradient_shards_do_not_change_the_gradient(trained: Callable, shards: i
 def test_decoupled_weights_reach_the_gradient(trained: Callable) -> None:
     learner, batch = trained(ppo={"decoupled": "always", "behaviour_cap": 1.001})
     steps = ALL_STEPS
-    anchor, weight = learner._proximal(batch, steps, _anchor(batch)[0])
+    anchor, weight, error = learner._proximal(batch, steps, _anchor(batch)[0])
+    assert error > 1e-4
     pairs = Pairs.of(np.arange(4), steps)
     current = learner.likelihood.log_probs(batch.trajectory, pairs).reshape(4, STEPS)
     torch.testing.assert_close(anchor, current, rtol=1e-12, atol=0)
@@ -551,3 +553,72 @@ def test_updates_end_early_beyond_the_target_kl(tiny_backbone: Load) -> None:
         done[target] = learner.updates
     assert done == {None: 4, 1e-12: 1}  # at first there is no KL to speak of
     assert metrics["ppo/updates_left_out"] == 3
+
+
+# ---- steps without likelihood, samples that are left out -----------------------------------
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [{"set_alpha_to_one": True}, {"steps_offset": 0}, {"timestep_spacing": "linspace"}],
+    ids=lambda schedule: next(iter(schedule)),
+)
+@pytest.mark.parametrize("numbers", ["always", "float16"])
+def test_steps_without_noise_enter_no_ratio(
+    tiny_backbone: Load, schedule: dict[str, Any], numbers: str
+) -> None:
+    """A pipeline that was saved with Euler or DPM has DDIM's default, `set_alpha_to_one`."""
+    backbone = tiny_backbone()
+    backbone.scheduler = DDIMScheduler.from_config(backbone.scheduler.config, **schedule)
+    sections: dict[str, Any] = {"ppo": {"decoupled": "always", "timestep_fraction": 1.0}}
+    if numbers == "float16":
+        sections = {"ppo": {"timestep_fraction": 1.0}, "diffusion": {"storage_dtype": "float16"}}
+    learner = Learner(backbone, _config(**sections))
+    metrics = learner.update(_batch(_sample(learner)))
+    assert metrics["ppo/ratio_error_first_pass"] < 1e-4
+    assert np.isfinite(metrics["ppo/loss"])
+
+
+def test_a_model_whose_only_step_has_no_noise_is_refused(tiny_backbone: Load) -> None:
+    backbone = tiny_backbone()
+    backbone.scheduler = DDIMScheduler.from_config(backbone.scheduler.config, set_alpha_to_one=True)
+    with pytest.raises(ConfigError, match=r"diffusion\.steps: 1 steps"):
+        Learner(backbone, _config(diffusion={"steps": 1}))
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_masked_sample_of_nan_enters_no_number(tiny_backbone: Load, stale: bool) -> None:
+    learner = Learner(tiny_backbone(), _config(ppo={"decoupled": "always"}))
+    trajectory = _sample(learner)
+    trajectory.latents[2, 1:], trajectory.log_probs[2] = np.nan, np.nan
+    mask = np.array([True, True, False, True])
+    behaviour = learner.snapshot() if stale else None
+    metrics = learner.update(_batch(trajectory, mask), behaviour)
+    assert metrics["ppo/ratio_error_first_pass"] < 1e-5
+    assert metrics["learner/skipped"] == 0
+    assert all(np.isfinite(value).all() for value in _weights(learner).values())
+
+
+def test_a_minibatch_that_is_all_masked_is_no_optimizer_step(tiny_backbone: Load) -> None:
+    learner = Learner(tiny_backbone(), _config(ppo={"num_minibatches": 2}))
+    mask = np.zeros(4, dtype=bool)
+    mask[learner._minibatches(_batch(_sample(learner)), 0)[0]] = True
+    learner.update(_batch(_sample(learner), mask))
+    steps = {k: v for k, v in learner.state().optimizer.items() if k.endswith("/step")}
+    assert {float(step) for step in steps.values()} == {1.0}
+    assert learner.updates == 2  # the schedule goes on
+
+
+def test_a_target_kl_hides_no_gradient_that_is_not_finite(tiny_backbone: Load) -> None:
+    learner = Learner(tiny_backbone(), _config(ppo={"target_kl": 0.1, "max_skipped": 0}))
+    trajectory = _sample(learner)
+    trajectory.latents[1] = np.nan
+    with pytest.raises(NumericsError, match=r"ratio - 1\| = nan|norm nan"):
+        learner.update(_batch(trajectory))
+    learner = Learner(
+        tiny_backbone(),
+        _config(ppo={"target_kl": 0.1, "max_skipped": 0, "max_ratio_error": float("inf")}),
+    )
+    batch = replace(_batch(_sample(learner)), advantages=np.array([np.nan, 1.0, 1.0, 1.0]))
+    with pytest.raises(NumericsError, match="norm nan"):
+        learner.update(batch)

@@ -146,7 +146,9 @@ def draw_noise(backbone: Backbone, seeds: np.ndarray, steps: int) -> list[Tensor
     generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
     shape = (len(seeds), *backbone.latent_shape)
     drawn = [
-        randn_tensor(shape, generator=generators, device=torch.device("cpu"), dtype=backbone.dtype)
+        randn_tensor(
+            shape, generator=generators, device=torch.device("cpu"), dtype=backbone.noise_dtype
+        )
         for _ in range(steps + 1)
     ]
     # One copy to the device: one for each step would wait for the step before.

@@ -39,7 +39,11 @@ class SharedAttention:
             source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
             key, value = attn.to_k(source), attn.to_v(source)
         else:
-            key, value = (t.index_select(0, groups) for t in _pair(keys_values, self.layer))
+            # Cast after the choice: a learner's keys and values are float32, and so is the sum of
+            # their gradients over all rows that chose them.
+            key, value = (
+                t.index_select(0, groups).to(query.dtype) for t in _pair(keys_values, self.layer)
+            )
             query = query.reshape(len(key), -1, query.shape[-1])
         query, key, value = (
             t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value)

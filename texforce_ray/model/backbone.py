@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -81,6 +82,7 @@ class Backbone:
 
     def __init__(self, pipe: Any, device: torch.device) -> None:
         self.device = device
+        self._noise_dtype: torch.dtype | None = None
         self.pipe = pipe.to(device)
         self.unet: UNet2DConditionModel = pipe.unet.eval().requires_grad_(False)
         self.vae: AutoencoderKL = pipe.vae.eval().requires_grad_(False)
@@ -114,6 +116,20 @@ class Backbone:
     @property
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
+
+    @property
+    def noise_dtype(self) -> torch.dtype:
+        """The dtype in which noise is drawn: another one would be other noise."""
+        return self._noise_dtype or self.dtype
+
+    @contextmanager
+    def same_noise(self) -> Iterator[None]:
+        """Within it, noise stays what it is now, whatever the networks' dtype becomes."""
+        self._noise_dtype = self.dtype
+        try:
+            yield
+        finally:
+            self._noise_dtype = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -172,7 +188,9 @@ class Backbone:
         pooled, time_ids = prepared.pooled, prepared.time_ids
         if pooled is not None and time_ids is not None:
             index = torch.from_numpy(rows).to(self.device)
-            pooled, time_ids = pooled.index_select(0, index), time_ids.index_select(0, index)
+            # Cast after the choice, as keys and values: see `attention`.
+            pooled = pooled.index_select(0, index).to(self.dtype)
+            time_ids = time_ids.index_select(0, index).to(self.dtype)
         return self.unet(
             x.to(self.dtype),
             timesteps,

@@ -27,7 +27,10 @@ from texforce_ray.diffusion.sampler import (
 from texforce_ray.diffusion.trajectory import Trajectory
 from texforce_ray.model.backbone import Backbone
 from texforce_ray.model.snapshot import PolicySnapshot
+from texforce_ray.rl.precision import loss_scale
 from texforce_ray.rl.trainer import Trainer, UpdateBatch
+
+_PROBED = 2  # samples whose gradient is checked in half precision
 
 # Images in [0, 1], float [B, 3, H, W], and B prompts to scores, float [B], with gradient.
 DifferentiableScore = Callable[[Tensor, Sequence[str]], Tensor]
@@ -47,44 +50,68 @@ class DirectLearner(Trainer):
         del behaviour  # the gradient is that of the current policy, whoever drew the start
         sums: list[list[list[float]]] = []
         norms: list[float] = []
+        checked = self.check_gradient(
+            batch, lambda: self._probe(batch, self._minibatches(batch, 0)[0])
+        )
         for epoch in range(self.config.ppo.epochs):
             for rows in self._minibatches(batch, epoch):
+                if not batch.mask[rows].any():
+                    self._pass_over()
+                    continue
                 sums.append([])
                 norms.append(self._step(batch, rows, sums[-1]))
         self.version += 1
         # Count, sum and sum of squares of the scores, of every shard of every minibatch.
-        count, total, squares = sum(self._gathered(shards).sum(axis=0) for shards in sums)
+        count, total, squares = sum(
+            (self._gathered(shards).sum(axis=0) for shards in sums), start=np.zeros(3)
+        )
         mean = total / max(1.0, count)
         return {
             "direct/reward": mean,
             "direct/reward_std": max(0.0, squares / max(1.0, count) - mean**2) ** 0.5,
             **self._norm_metrics(norms),
+            **checked,
             **self._rates(),
         }
 
     def _step(self, batch: UpdateBatch, rows: np.ndarray, sums: list[list[float]]) -> float:
         """One optimizer update on the samples `rows`; adds a row to `sums` for each own shard."""
         valid = int(batch.mask[rows].sum())
-        first = first_step(self.direct, len(self.table.timesteps), self.config.seed, self.updates)
         parts = []
         for shard in self._shards(rows):
-            gradient, row = [torch.zeros_like(p) for p in self.parameters], np.zeros(3)
-            kept = shard[batch.mask[shard]] - batch.first
-            for chunk in _chunks(kept, self.config.learner.microbatch_size):
-                with torch.enable_grad():
-                    images = self.images(batch.trajectory, chunk, first)
-                    prompts = [batch.trajectory.prompts[row] for row in chunk]
-                    score = self.reward(images, prompts)
-                    found = torch.autograd.grad(
-                        -score.sum() / valid, self.parameters, allow_unused=True
-                    )
-                scores = score.detach().double()
-                row += len(scores), float(scores.sum()), float(scores.square().sum())
-                pairs = zip(gradient, found, strict=True)
-                gradient = [g if part is None else g + part for g, part in pairs]
+            gradient, row = self._shard_gradient(batch, shard[batch.mask[shard]], valid)
             parts.append(gradient)
             sums.append(row.tolist())
         return self._apply(self._gradient(parts))
+
+    def _shard_gradient(
+        self, batch: UpdateBatch, kept: np.ndarray, valid: int
+    ) -> tuple[list[Tensor], np.ndarray]:
+        """Gradient over samples `kept`, divided by `valid`; their scores' count, sum and squares.
+
+        The second: float64 [3].
+        """
+        scale = loss_scale(valid, self.backbone.latent_shape) * self.scale_factor
+        first = first_step(self.direct, len(self.table.timesteps), self.config.seed, self.updates)
+        gradient, row = [torch.zeros_like(p) for p in self.parameters], np.zeros(3)
+        for chunk in _chunks(kept - batch.first, self.config.learner.microbatch_size):
+            with torch.enable_grad():
+                images = self.images(batch.trajectory, chunk, first)
+                score = self.reward(images, [batch.trajectory.prompts[row] for row in chunk])
+                found = torch.autograd.grad(
+                    -score.sum() / valid * scale, self.parameters, allow_unused=True
+                )
+            scores = score.detach().double()
+            row += len(scores), float(scores.sum()), float(scores.square().sum())
+            pairs = zip(gradient, found, strict=True)
+            gradient = [g if part is None else g + part / scale for g, part in pairs]
+        return gradient, row
+
+    def _probe(self, batch: UpdateBatch, rows: np.ndarray) -> list[Tensor]:
+        """The gradient of a few of this learner's samples: what `check_gradient` compares."""
+        kept = np.concatenate(self._shards(rows))
+        kept = kept[batch.mask[kept]][:_PROBED]
+        return self._shard_gradient(batch, kept, int(batch.mask[rows].sum()))[0]
 
     def images(self, trajectory: Trajectory, rows: np.ndarray, first: int) -> Tensor:
         """Images of samples `rows` under the current policy, given their latents at step `first`.
@@ -96,7 +123,8 @@ class DirectLearner(Trainer):
         ids = tuple(torch.from_numpy(part[rows]) for part in trajectory.prompt_ids)
         scale = self.config.diffusion.guidance_scale
         conditioning, prompt = encode_distinct(backbone, ids, scale)
-        prepared = backbone.prepare(conditioning)
+        # In float32, so that the gradients of all steps add up in float32.
+        prepared = backbone.prepare(conditioning).map(lambda t: t.float())
         given = (prepared, prompt, scale)
         x = torch.from_numpy(trajectory.latents[rows, first]).to(device).float()
         if self.direct.method == "refl":

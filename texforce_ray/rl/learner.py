@@ -8,7 +8,9 @@ autograd's, with T - 1 fewer encoder passes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,7 +25,10 @@ from texforce_ray.model.backbone import Backbone, Prepared
 from texforce_ray.model.snapshot import PolicySnapshot
 from texforce_ray.rl import ppo
 from texforce_ray.rl.likelihood import Likelihood, Pairs
+from texforce_ray.rl.precision import loss_scale, to_encoder
 from texforce_ray.rl.trainer import Trainer, UpdateBatch
+
+_PROBED = 4  # samples, and steps of each, whose gradient is checked in half precision
 
 
 class Learner(Trainer):
@@ -57,17 +62,23 @@ class Learner(Trainer):
             error = self._ratio_error(batch, first, steps, behaviour)
         if config.decoupled:
             stored = anchor
-            anchor, weight = self._proximal(batch, steps, stored)
+            anchor, weight, proximal_error = self._proximal(batch, steps, stored)
             if error is None:
-                error = self._largest(ppo.ratio_error(anchor, stored))
+                error = self._largest(proximal_error)
         if error is not None:
             self._check_agreement(error)
+        checked = self.check_gradient(batch, lambda: self._probe(batch, first, steps))
         totals = [_Totals(self.backbone.device) for _ in self._shards(np.arange(len(batch)))]
         norms: list[float] = []
         minibatches = [
             rows for epoch in range(config.ppo.epochs) for rows in self._minibatches(batch, epoch)
         ]
+        skipped = 0
         for rows in minibatches:
+            if not batch.mask[rows].any():
+                self._pass_over()
+                skipped += 1
+                continue
             gradient = self._minibatch_gradient(batch, rows, steps, anchor, weight, totals)
             if error is None:
                 # Nothing has changed since these samples were drawn: their first ratios are those
@@ -77,13 +88,14 @@ class Learner(Trainer):
             if self._too_far(totals):
                 break
             norms.append(self._apply(gradient))
-        left_out = len(minibatches) - len(norms)
+        left_out = len(minibatches) - len(norms) - skipped
         self.version += 1
         return {
             **_mean_metrics(self._gathered([shard.row() for shard in totals])),
             **self._norm_metrics(norms),
             **({} if config.ppo.target_kl is None else {"ppo/updates_left_out": left_out}),
-            "ppo/ratio_error_first_pass": error,
+            "ppo/ratio_error_first_pass": 0.0 if error is None else error,
+            **checked,
             **self._rates(),
         }
 
@@ -108,7 +120,8 @@ class Learner(Trainer):
         if target is None:
             return False
         count, kl = self._gathered([total.take_kl() for total in totals]).sum(axis=0)
-        return not kl <= target * max(1.0, count)
+        # A batch that is not finite is not "too far": its update is left out and counted.
+        return bool(np.isfinite(kl)) and kl > target * max(1.0, count)
 
     def _largest(self, *errors: float) -> float:
         """The largest of all learners' numbers."""
@@ -122,7 +135,7 @@ class Learner(Trainer):
         self.adapter.load(behaviour)
         errors = []
         for shard in self._shards(rows):
-            pairs = Pairs.of(shard, steps, batch.first)
+            pairs = Pairs.of(shard[batch.mask[shard]], steps, batch.first)
             log_probs = self.likelihood.log_probs(batch.trajectory, pairs).cpu()
             errors.append(ppo.ratio_error(log_probs, _stored(batch.trajectory, pairs)))
         self.adapter.load(own)
@@ -130,14 +143,49 @@ class Learner(Trainer):
 
     def _proximal(
         self, batch: UpdateBatch, steps: np.ndarray, stored: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the current policy, and decoupled PPO's weights: [n, T] each."""
-        anchor = stored.clone()
+    ) -> tuple[Tensor, Tensor, float]:
+        """Log-probabilities of the current policy, decoupled PPO's weights, largest |r - 1|.
+
+        The first two are [n, T], and mean something at trained pairs alone: a step with sigma = 0
+        has no likelihood, and a masked sample enters no number.
+        """
+        anchor, error = stored.clone(), 0.0
         for shard in self._shards(np.arange(len(batch))):
-            pairs = Pairs.of(shard, steps, batch.first)
+            pairs = Pairs.of(shard[batch.mask[shard]], steps, batch.first)
             found = self.likelihood.log_probs(batch.trajectory, pairs).cpu()
+            # Not max(): of a number and NaN it may give either.
+            error = float(
+                np.maximum(error, ppo.ratio_error(found, _stored(batch.trajectory, pairs)))
+            )
             anchor[pairs.sample, pairs.step] = found
-        return anchor, ppo.behaviour_weight(anchor, stored, self.config.ppo.behaviour_cap)
+        weight = ppo.behaviour_weight(anchor, stored, self.config.ppo.behaviour_cap)
+        return anchor, weight, error
+
+    def _probe(self, batch: UpdateBatch, rows: np.ndarray, steps: np.ndarray) -> list[Tensor]:
+        """The gradient of a few of this learner's pairs: what `check_gradient` compares.
+
+        Of the plain policy gradient: which pairs PPO clips depends on rounding, and advantages may
+        all be 0.
+        """
+        kept = np.concatenate(self._shards(rows))
+        kept = kept[batch.mask[kept]][:_PROBED]
+        if not len(kept):
+            return [torch.zeros_like(p) for p in self.parameters]
+        spread = np.linspace(0, steps.shape[1] - 1, min(_PROBED, steps.shape[1])).round()
+        pairs = Pairs.of(kept, steps[:, spread.astype(np.int64)], batch.first)
+        anchor = torch.from_numpy(np.array(batch.trajectory.log_probs))
+        anchor[pairs.sample, pairs.step] = self.likelihood.log_probs(batch.trajectory, pairs).cpu()
+        # The valid pairs of the whole minibatch: they decide how small its gradient is.
+        valid = int(batch.mask[rows].sum()) * steps.shape[1]
+        return self._shard_gradient(
+            replace(batch, advantages=np.ones(len(batch))),
+            pairs,
+            anchor,
+            torch.ones_like(anchor),
+            valid,
+            _Totals(self.backbone.device),
+            clip_range=math.inf,
+        )
 
     def _minibatch_gradient(
         self,
@@ -168,14 +216,18 @@ class Learner(Trainer):
         weight: Tensor,
         valid: int,
         totals: _Totals,
+        clip_range: float | None = None,
     ) -> list[Tensor]:
         """Gradient of the shard's summed loss, divided by the minibatch's count of valid pairs."""
         trajectory, device = batch.trajectory, self.backbone.device
+        scale = loss_scale(valid, self.backbone.latent_shape) * self.scale_factor
+        clip_range = self.config.ppo.clip_range if clip_range is None else clip_range
         rows, local = np.unique(pairs.sample, return_inverse=True)
         with torch.enable_grad():
             conditioning, prompt = self.likelihood.encode(trajectory, rows)
             prepared = self.backbone.prepare(conditioning)
-            leaf = prepared.map(lambda t: t.detach().requires_grad_(t.requires_grad))
+            # In float32, so that gradients of all pairs add up in float32.
+            leaf = prepared.map(lambda t: t.detach().float().requires_grad_(t.requires_grad))
             reference = self._reference(trajectory, rows)
             for parameter in self.parameters:
                 parameter.grad = None
@@ -190,7 +242,7 @@ class Learner(Trainer):
                     torch.from_numpy(batch.advantages[part.sample + batch.first])
                     .float()
                     .to(device),
-                    self.config.ppo.clip_range,
+                    clip_range,
                     weight[index].to(device) if self.config.decoupled else None,
                 )
                 loss, kl = result.loss.sum(), None
@@ -199,7 +251,7 @@ class Learner(Trainer):
                         base, _ = self.likelihood.mean(trajectory, part, reference, where)
                     kl = ddim.step_kl(self.table, step, mean, base)
                     loss = loss + self.config.ppo.kl_weight * kl.sum()
-                (loss / valid).backward()
+                (loss / valid * scale).backward()
                 totals.add(result, kl)
             through = [
                 (out, cut.grad)
@@ -208,12 +260,17 @@ class Learner(Trainer):
             ]
             direct = [p.grad for p in self.parameters]
             found: Sequence[Tensor | None] = [None] * len(direct)
+            shift = 0
             if through:
                 outputs, grads = zip(*through, strict=True)
+                grads, shift = to_encoder(grads, outputs)
                 # SDXL reads the layer before an encoder's last one: that has no gradient.
                 found = torch.autograd.grad(outputs, self.parameters, grads, allow_unused=True)
+            back = 2.0**-shift
+            found = [None if gradient is None else gradient * back for gradient in found]
             return [
-                _sum(p, parts) for p, *parts in zip(self.parameters, direct, found, strict=True)
+                _sum(p, parts) / scale
+                for p, *parts in zip(self.parameters, direct, found, strict=True)
             ]
 
     @torch.no_grad()

@@ -86,6 +86,8 @@ class Likelihood:
     @torch.no_grad()
     def log_probs(self, trajectory: Trajectory, pairs: Pairs) -> Tensor:
         """Log-probabilities under the current weights, float32 [P], without gradient."""
+        if not len(pairs):
+            return torch.zeros(0, device=self.backbone.device)
         rows, local = np.unique(pairs.sample, return_inverse=True)
         conditioning, prompt = self.encode(trajectory, rows)
         prepared = self.backbone.prepare(conditioning)

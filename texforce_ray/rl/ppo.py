@@ -51,5 +51,7 @@ def behaviour_weight(prox_log_prob: Tensor, behaviour_log_prob: Tensor, cap: flo
 
 
 def ratio_error(log_prob: Tensor, behaviour_log_prob: Tensor) -> float:
-    """max |r - 1|: how far learner and sampler disagree about the same weights."""
+    """max |r - 1|: how far learner and sampler disagree about the same weights; 0 without pairs."""
+    if not log_prob.numel():
+        return 0.0
     return float(torch.expm1(log_prob - behaviour_log_prob).abs().max())

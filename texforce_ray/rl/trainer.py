@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,11 +18,14 @@ from texforce_ray import randomness
 from texforce_ray.config import Config
 from texforce_ray.diffusion import ddim
 from texforce_ray.diffusion.trajectory import Trajectory
-from texforce_ray.errors import NumericsError
+from texforce_ray.errors import ConfigError, NumericsError
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.backbone import Backbone
 from texforce_ray.model.snapshot import TEXT_ENCODERS, UNET, LearnerState, LoraShape, PolicySnapshot
 from texforce_ray.rl.group import Alone
+from texforce_ray.rl.precision import Agreement, agreement, in_float32
+
+_OTHER_SCALE = 2.0**-6
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ class Trainer(ABC):
         self.table = ddim.step_table(
             backbone.scheduler, config.diffusion.steps, config.diffusion.eta
         ).to(backbone.device)
+        if not self.table.trainable:
+            raise ConfigError(
+                f"diffusion.steps: {config.diffusion.steps} steps of this model's scheduler add no "
+                "noise at all, so none has a likelihood to train on; use more steps"
+            )
         self.adapter = Adapter(backbone, adapter_shapes(config, backbone), config.seed)
         self.parameters = self.adapter.parameters()
         o = config.optimizer
@@ -68,6 +76,8 @@ class Trainer(ABC):
         self.version = 0
         self.updates = 0
         self.skipped = 0  # in a row
+        # Further factor of the loss in the backward pass; only the gradient check changes it.
+        self.scale_factor = 1.0
 
     # ---- state ---------------------------------------------------------------------------
 
@@ -141,6 +151,56 @@ class Trainer(ABC):
                 the sampler.
         """
 
+    def check_gradient(
+        self, batch: UpdateBatch, probe: Callable[[], list[Tensor]]
+    ) -> dict[str, float]:
+        """Compare a small gradient in half precision with the same in float32, once in a run.
+
+        Where float32 weights do not fit beside, with the same under another loss scale: what
+        underflows or overflows differs there.
+
+        Args:
+            batch: the first update's.
+            probe: computes the gradient of a few of its samples.
+
+        Returns:
+            `learner/gradient_agreement` (cosine) and `learner/gradient_zeros` (share of entries
+            lost to zero), the worst over all learners; nothing where all is float32 or was checked
+            before.
+
+        Raises:
+            NumericsError: the gradient is not the gradient.
+        """
+        del batch
+        if self.backbone.dtype not in (torch.float16, torch.bfloat16) or self.updates:
+            return {}
+        found, beside = probe(), "float32"
+        try:
+            with in_float32(self.backbone):
+                exact = probe()
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            self.scale_factor, beside = _OTHER_SCALE, "another loss scale"
+            exact = probe()
+            self.scale_factor = 1.0
+        own = agreement(found, exact)
+        if beside == "float32" and not any(bool(t.any()) for t in exact):
+            own = Agreement(1.0, 0.0)  # these samples really have none: all masked, say
+        # The worst of all learners.
+        lost, zeros = self._gathered([[1 - own.cosine, own.zeros]] * self._own_shards()).max(axis=0)
+        least = self.config.learner.min_gradient_agreement
+        if not 1 - lost >= least:
+            raise NumericsError(
+                f"the gradient in {self.config.model.dtype} is not the gradient: its cosine to "
+                f"that of {beside} is {1 - lost:.3f}, {zeros:.0%} of its entries are lost to zero "
+                f"(learner.min_gradient_agreement allows a cosine of {least}). Use "
+                "model.dtype=bfloat16 or float32"
+            )
+        return {"learner/gradient_agreement": 1 - lost, "learner/gradient_zeros": zeros}
+
+    def _own_shards(self) -> int:
+        return self.config.learner.gradient_shards // self.group.size
+
     def _minibatches(self, batch: UpdateBatch, epoch: int) -> list[np.ndarray]:
         config = self.config
         return randomness.minibatches(
@@ -207,6 +267,10 @@ class Trainer(ABC):
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):
             raise NumericsError(self._trouble("its weights are not finite"))
         return float(norm)
+
+    def _pass_over(self) -> None:
+        """A minibatch without a sample that counts: no optimizer step, no decay, no momentum."""
+        self.updates += 1  # the schedule goes on
 
     def _skip(self, norm: float) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,101 @@
+"""Gradients in half precision: the scale that keeps them from underflowing, and a check of them.
+
+A loss that is a mean over latent dimensions (16,384 in Stable Diffusion) and over a minibatch's
+pairs enters the U-Net as a gradient near 1e-7: float16 rounds it to zero. So the loss is scaled
+before the backward pass and the float32 gradient is divided by the same factor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from texforce_ray.model.backbone import Backbone
+
+# Sums over pairs enter the encoder at 2^4: twelve binary orders below float16's largest number.
+_ENCODER_EXPONENT = 4
+
+
+def loss_scale(valid: int, latent_shape: Sequence[int]) -> float:
+    """The factor that undoes a loss's division by `valid` pairs and the latent's dimensions.
+
+    Static and deterministic: it depends on counts alone. A power of two, so that in float32 a
+    gradient that is scaled and unscaled keeps every bit.
+    """
+    return 2.0 ** math.ceil(math.log2(max(1, valid) * math.prod(latent_shape)))
+
+
+def to_encoder(gradients: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[list[Tensor], int]:
+    """Float32 gradients of `outputs` in the outputs' dtype, times 2^exponent; and that exponent.
+
+    They are sums over all pairs of a minibatch, too large or too small for half precision. In
+    float32 the exponent is 0 and nothing is changed.
+    """
+    if all(output.dtype in (torch.float32, torch.float64) for output in outputs):
+        return list(gradients), 0
+    largest = torch.stack([gradient.abs().amax() for gradient in gradients]).amax()
+    _, exponent = torch.frexp(largest.cpu())
+    shift = _ENCODER_EXPONENT - int(exponent)
+    scaled = (gradient * 2.0**shift for gradient in gradients)
+    return [g.to(output.dtype) for g, output in zip(scaled, outputs, strict=True)], shift
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of two gradients: cosine, and the share of entries that only the first one lost to zero."""
+
+    cosine: float
+    zeros: float
+
+
+def agreement(found: Sequence[Tensor], exact: Sequence[Tensor]) -> Agreement:
+    """How far gradient `found` is `exact`; both as lists of tensors of the same shapes.
+
+    A gradient of zeros alone agrees with nothing.
+    """
+    one = torch.cat([t.detach().double().reshape(-1) for t in found])
+    other = torch.cat([t.detach().double().reshape(-1) for t in exact])
+    present = other != 0
+    if not bool(present.any()):
+        return Agreement(0.0, 1.0)
+    lost = (one[present] == 0).double().mean()
+    norm = float(one.norm() * other.norm())
+    if not math.isfinite(norm):
+        return Agreement(0.0, float(lost))
+    return Agreement(float(one @ other) / norm if norm else 0.0, float(lost))
+
+
+@contextmanager
+def in_float32(backbone: Backbone) -> Iterator[None]:
+    """Within it, all frozen weights are float32 copies of themselves, uncompiled.
+
+    float16 and bfloat16 survive the way to float32 and back bit for bit. Each tensor replaces its
+    original, so the peak is the float32 model alone.
+
+    Raises:
+        torch.OutOfMemoryError: they do not fit; the weights are then what they were.
+    """
+    modules = [backbone.unet, backbone.vae, *backbone.text_encoders]
+    tensors = [
+        tensor
+        for module in modules
+        for tensor in (*module.parameters(), *module.buffers())
+        if tensor.dtype in (torch.float16, torch.bfloat16)
+    ]
+    dtypes = [tensor.dtype for tensor in tensors]
+    compiled = backbone.unet._compiled_call_impl
+    backbone.unet._compiled_call_impl = None
+    try:
+        with backbone.same_noise():
+            for tensor in tensors:
+                tensor.data = tensor.data.float()
+            yield
+    finally:
+        for tensor, dtype in zip(tensors, dtypes, strict=True):
+            tensor.data = tensor.data.to(dtype)
+        backbone.unet._compiled_call_impl = compiled
