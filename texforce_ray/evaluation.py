@@ -12,6 +12,7 @@ from texforce_ray import randomness
 from texforce_ray.actors.pool import gather
 from texforce_ray.collect import check_masked, score
 from texforce_ray.prompts import Prompt, prompts_of_iteration
+from texforce_ray.records.intervals import bootstrap_interval
 from texforce_ray.rl.advantage import Component, combine
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from texforce_ray.actors.crew import Crew
 
-_RESAMPLES = 2000
 _PAIRED = 32  # images of a prompt whose pairs are compared
 
 
@@ -128,19 +128,23 @@ async def evaluate(
     )
 
 
-def paired_difference(base: np.ndarray, tuned: np.ndarray, seed: int = 0) -> dict[str, float]:
+def paired_difference(
+    base: np.ndarray, tuned: np.ndarray, prompts: Sequence[str] | None = None, seed: int = 0
+) -> dict[str, float]:
     """Mean difference of paired scores (float64 [N] each) with a 95 % bootstrap interval.
 
-    Pairs in which either score is NaN are left out.
+    Pairs in which either score is NaN are left out. With `prompts`, those of the pairs, the
+    interval draws prompts again rather than images: see `records.intervals`.
     """
     known = ~(np.isnan(base) | np.isnan(tuned))
     base, tuned = base[known], tuned[known]
+    texts = None if prompts is None else [prompts[i] for i in np.flatnonzero(known)]
     if not len(base):
         nothing = float("nan")
         keys = ("base", "tuned", "difference", "low", "high", "win_rate")
         return dict.fromkeys(keys, nothing) | {"images": 0}
     difference = tuned - base
-    low, high = bootstrap_interval(difference, seed)
+    low, high = bootstrap_interval(difference, texts, seed)
     return {
         "base": float(base.mean()),
         "tuned": float(tuned.mean()),
@@ -153,21 +157,10 @@ def paired_difference(base: np.ndarray, tuned: np.ndarray, seed: int = 0) -> dic
     }
 
 
-def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile-bootstrap interval of the mean of float64 [N], NaN left out."""
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return float("nan"), float("nan")
-    rng = randomness.generator(seed, randomness.BOOTSTRAP)
-    picks = rng.integers(len(values), size=(_RESAMPLES, len(values)))
-    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
-
-
 def compare(
     names: Sequence[str], base: Evaluation, tuned: Evaluation
 ) -> dict[str, dict[str, float]]:
     """Paired differences of every reward and of the total, by name."""
     columns = zip(names, base.rewards.T, tuned.rewards.T, strict=True)
-    result = {name: paired_difference(b, t) for name, b, t in columns}
-    return result | {"total": paired_difference(base.total, tuned.total)}
+    result = {name: paired_difference(b, t, base.prompts) for name, b, t in columns}
+    return result | {"total": paired_difference(base.total, tuned.total, base.prompts)}

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 
 from texforce_ray.config_io import load_config
+from texforce_ray.errors import RunDirectoryError
+from texforce_ray.evaluation import paired_difference
 from texforce_ray.experiments import __main__ as command
 from texforce_ray.experiments.page import write_page
-from texforce_ray.experiments.results import rows, seed_interval
+from texforce_ray.experiments.results import rows
 from texforce_ray.experiments.shapes import EXPERIMENTS
 from texforce_ray.experiments.stages import Evaluate, Sweep, Train
 from texforce_ray.prompts import load_prompts
+from texforce_ray.records.intervals import bootstrap_interval, crossed_interval
 from texforce_ray.records.samples import to_parquet
 
 REPO = Path(__file__).parents[2]
@@ -55,18 +58,57 @@ def test_a_begun_run_is_resumed_and_a_finished_one_left_alone(tmp_path: Path) ->
     assert stage.done(tmp_path)
 
 
+def _width(interval: tuple[float, float]) -> float:
+    return interval[1] - interval[0]
+
+
 def test_the_interval_knows_of_seeds_and_of_images() -> None:
     rng = np.random.default_rng(0)
     images = rng.normal(0.1, 1.0, (1, 400))
-    same = seed_interval(np.repeat(images, 3, axis=0))
+    same = crossed_interval(np.repeat(images, 3, axis=0))
     assert same[0] < images.mean() < same[1]
-    apart = seed_interval(np.array([[-0.5], [0.0], [0.5]]) + images)
-    assert apart[1] - apart[0] > 2 * (same[1] - same[0])
+    apart = crossed_interval(np.array([[-0.5], [0.0], [0.5]]) + images)
+    assert _width(apart) > 2 * _width(same)
 
 
-def _evaluation(folder: Path, gain: float) -> None:
+def test_seeds_on_the_same_images_are_no_further_images() -> None:
+    images = np.random.default_rng(0).normal(0.1, 1.0, (1, 400))
+    one = _width(crossed_interval(images))
+    three = _width(crossed_interval(np.repeat(images, 3, axis=0)))
+    assert three == pytest.approx(one, rel=0.1), "drawn anew for each seed it would be 0.58 of it"
+    assert one == pytest.approx(2 * 1.96 * images.std() / 20, rel=0.1)
+
+
+def test_images_of_one_prompt_are_no_independent_samples() -> None:
+    rng = np.random.default_rng(0)
+    prompts = [f"prompt {i % 40}" for i in range(800)]
+    hard = rng.normal(0, 1.0, 40)
+    scores = hard[np.arange(800) % 40] + rng.normal(0, 0.1, 800)
+    expected = 2 * 1.96 * hard.std() / 40**0.5
+    assert _width(bootstrap_interval(scores, prompts)) == pytest.approx(expected, rel=0.15)
+    assert _width(bootstrap_interval(scores)) < 0.3 * expected
+    difference = paired_difference(np.zeros(800), scores, prompts)
+    assert difference["high"] - difference["low"] == pytest.approx(expected, rel=0.15)
+
+
+def test_where_nothing_is_repeated_or_there_is_one_prompt_images_are_drawn() -> None:
+    scores = np.random.default_rng(0).normal(0, 1.0, 100)
+    plain = bootstrap_interval(scores)
+    assert bootstrap_interval(scores, ["a prompt"] * 100) == plain
+    distinct = bootstrap_interval(scores, [f"prompt {i:03d}" for i in range(100)])
+    assert distinct == plain
+
+
+def test_what_was_not_scored_is_left_out_of_the_interval() -> None:
+    scores = np.array([1.0, 1.0, np.nan, np.nan, 3.0, np.nan])
+    low, high = bootstrap_interval(scores, ["a", "a", "b", "b", "c", "c"])
+    assert (low, high) == (1.0, 3.0)
+    assert np.isnan(bootstrap_interval(np.full(3, np.nan))).all()
+
+
+def _evaluation(folder: Path, gain: float, **more: Any) -> None:
     base = np.linspace(0, 0.5, 32)
-    columns: dict[str, Any] = {"base_total": base}
+    columns: dict[str, Any] = {"base_total": base, **more}
     columns |= {f"{label}_total": base + gain for label in ("U-Net", "text encoder")}
     looks = {label: {"diversity": 0.2, "drift": 0.1} for label in ("base", "U-Net", "text encoder")}
     folder.mkdir(parents=True)
@@ -98,6 +140,16 @@ def test_the_page_shows_every_seed_that_is_there(tmp_path: Path) -> None:
     assert "shapes/headline-drift.svg" in text
     assert (results / "headline-drift.svg").read_text().startswith("<svg")
     assert "Incompress" not in text, "what has no result yet has no section"
+
+
+def test_seeds_that_were_evaluated_on_other_images_are_refused(tmp_path: Path) -> None:
+    stage = next(s for s in STAGES if s.name == "headline")
+    assert isinstance(stage, Evaluate)
+    for seed in (0, 1):
+        folder = tmp_path / f"seed-{seed}" / "headline" / "shapes-phrases"
+        _evaluation(folder, 0.1, prompt=[f"prompt {i + seed}" for i in range(32)])
+    with pytest.raises(RunDirectoryError, match=r"seed-1.*other prompts or seeds"):
+        rows(tmp_path, stage, "shapes-phrases")
 
 
 def test_a_failed_step_ends_the_command_and_keeps_the_rest(

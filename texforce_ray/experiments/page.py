@@ -20,8 +20,10 @@ Made by `make paper-shapes` (`python -m texforce_ray.experiments shapes`) from t
 `{folder}/` beside this page; the discussion is written by hand. Training seeds: {seeds}.
 
 Rewards are means over the same 256 images for every policy, at seeds that are never trained on.
-Differences are paired with the base model; intervals are 95 % bootstraps that draw training seeds
-again, then images. Diversity: mean distance of two images of one prompt. Drift: mean distance from
+Differences are paired with the base model. Intervals are 95 % bootstraps that draw training seeds
+and prompts again, crossed, each prompt with all of its images: they say how the result would vary
+with other seeds and other prompts of this kind, roughly where there are as few as here. Diversity:
+mean distance of two images of one prompt. Drift: mean distance from
 the base model's image at the same seed. Both: root mean squares over 16 x 16 thumbnails, 0 to 1."""
 
 _TITLES = {

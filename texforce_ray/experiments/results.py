@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from texforce_ray import randomness
+from texforce_ray.errors import RunDirectoryError
 from texforce_ray.experiments.stages import Evaluate, Stage, Train
 from texforce_ray.records.files import atomic_write_bytes, atomic_write_text, to_json
+from texforce_ray.records.intervals import crossed_interval
 from texforce_ray.records.matched import Curve, curve_of
 from texforce_ray.records.metrics import read_metrics
 from texforce_ray.records.samples import read_samples
-
-_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,13 @@ def rows(results: Path, stage: Evaluate, prompts: str) -> list[Row]:
     if not folders:
         return []
     tables = [read_samples(folder / "samples.parquet") for folder in folders]
+    shown = [(table.get("prompt"), table.get("seed")) for table in tables]
+    for folder, drawn in zip(folders, shown, strict=True):
+        if drawn != shown[0]:  # pairs and intervals would mean nothing
+            raise RunDirectoryError(
+                f"{folder} was evaluated on other prompts or seeds than {folders[0]}; evaluate "
+                "both on the same ones, or move one away"
+            )
     looks = [json.loads((folder / "summary.json").read_text())["looks"] for folder in folders]
     found = []
     for label in ("base", *stage.policies):
@@ -82,7 +88,7 @@ def rows(results: Path, stage: Evaluate, prompts: str) -> list[Row]:
             continue
         base = np.stack([np.asarray(t["base_total"], dtype=np.float64) for t in tables])
         tuned = np.stack([np.asarray(t[f"{label}_total"], dtype=np.float64) for t in tables])
-        low, high = seed_interval(tuned - base)
+        low, high = crossed_interval(tuned - base, shown[0][0])
         wins = (tuned > base) + 0.5 * (tuned == base)
         found.append(
             Row(
@@ -93,22 +99,6 @@ def rows(results: Path, stage: Evaluate, prompts: str) -> list[Row]:
             )
         )  # fmt: skip
     return found
-
-
-def seed_interval(differences: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean of float64 [S, N]: training seeds are drawn again, then images.
-
-    With one seed it says how sure the images are, and nothing about training again.
-    """
-    rng = randomness.generator(0, randomness.BOOTSTRAP)
-    seeds, images = differences.shape
-    means = np.empty(_RESAMPLES)
-    for index in range(_RESAMPLES):
-        chosen = rng.integers(seeds, size=(seeds, 1))
-        picks = rng.integers(images, size=(seeds, images))
-        means[index] = np.nanmean(differences[chosen, picks])
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def curves(results: Path, names: Sequence[str]) -> list[Curve]:
