@@ -655,6 +655,12 @@ class Config(_Section):
             raise ValueError(
                 "learner.colocated: needs rollout.num_workers = 1 and learner.num_workers = 1"
             )
+        if self.learner.colocated and self.max_staleness:
+            raise ValueError(
+                f"max_staleness: {self.max_staleness} with learner.colocated would sample ahead in "
+                "the actor that is busy with the update: nothing overlaps, and samples wait until "
+                "their deadline; set max_staleness=0, or learner.colocated=false"
+            )
         if self.learner.colocated and self.placement.learner not in (None, self.placement.rollout):
             raise ValueError(
                 f"placement.learner: {self.placement.learner!r} means nothing with "

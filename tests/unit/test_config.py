@@ -328,3 +328,9 @@ def test_every_preset_passes_the_checks_of_a_dry_run(
     assert (
         config.placement_free() == load_config(preset, ["rollout.num_workers=8"]).placement_free()
     )
+
+
+def test_sampling_ahead_in_the_actor_that_learns_is_refused() -> None:
+    load_config(None, ["learner.colocated=true"])
+    with pytest.raises(ConfigError, match=r"max_staleness: 1 with learner\.colocated.*=0"):
+        load_config(None, ["learner.colocated=true", "max_staleness=1"])
