@@ -208,7 +208,7 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(tiny_backbone: Load, tmp_pa
     get_peft_model(
         encoder, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
     ).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"not a plain LoRA adapter.*use_dora"):
+    with pytest.raises(ConfigError, match=r"is DoRA \(it sets use_dora\), not a plain LoRA"):
         read_adapter(tmp_path)
 
 
@@ -224,8 +224,11 @@ def test_wrong_rank_is_named(tuned: tuple[Backbone, Adapter], tiny_backbone: Loa
 
 def test_other_layers_are_named(tuned: tuple[Backbone, Adapter], tiny_backbone: Load) -> None:
     other = Adapter(tiny_backbone(), {"text_encoder": LoraShape(4, 8.0, ("q_proj",))}, seed=0)
-    with pytest.raises(ConfigError, match=r"24 tensors.*6 tensors.*target_modules"):
+    layer = r"encoder\.layers\.0\.self_attn\.k_proj"
+    with pytest.raises(ConfigError, match=rf"has 9 .*{layer}.* and 5 more.*target_modules"):
         other.load(tuned[1].snapshot(0))
+    with pytest.raises(ConfigError, match=rf"lacks 9 .*{layer}.* and 5 more"):
+        tuned[1].load(other.snapshot(0))
 
 
 def test_unknown_target_modules_list_the_right_ones(tiny_backbone: Load) -> None:

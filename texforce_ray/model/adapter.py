@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from texforce_ray.errors import ConfigError
 from texforce_ray.model.backbone import Backbone
+from texforce_ray.model.lora_layers import PREFIX, listed, own_names
 from texforce_ray.model.snapshot import PARTS, UNET, LoraShape, PolicySnapshot
 
 ADAPTER = "policy"
@@ -22,7 +23,8 @@ def lora_config(shape: LoraShape) -> LoraConfig:
     return LoraConfig(
         r=shape.rank,
         lora_alpha=shape.alpha,
-        target_modules=list(shape.target_modules),
+        # PEFT compares ends of names: without the prefix they fit both layouts of CLIP.
+        target_modules=[name.removeprefix(PREFIX) for name in shape.target_modules],
         init_lora_weights=True,
     )
 
@@ -60,26 +62,39 @@ class PartAdapter:
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
-        """Set all weights.
+        """Set all weights, whether or not their names have CLIP's prefix `text_model.`.
 
         Raises:
-            ConfigError: other layers or other shapes than this adapter's.
+            ConfigError: other layers or other shapes than this adapter's, by name.
         """
         own = self.weights()
-        if own.keys() != weights.keys():
-            raise ConfigError(
-                f"the adapter has other layers ({len(weights)} tensors) than this policy's "
-                f"{self.part} ({len(own)} tensors): was it trained on another model or "
-                "target_modules?"
-            )
+        names = own_names(weights, own)
+        given = {names[key]: value for key, value in weights.items()}
+        self._check_layers(set(own), set(given))
+        arrays = {key: np.array(given[key]) for key in own}
         for key, tensor in own.items():
-            if tensor.shape != weights[key].shape:
+            if _plain(tensor.shape) != _plain(arrays[key].shape):
                 raise ConfigError(
-                    f"adapter tensor {key} is {weights[key].shape}, the policy's is "
+                    f"adapter tensor {key} is {arrays[key].shape}, the policy's is "
                     f"{tuple(tensor.shape)}: was it trained with another rank, or on another model?"
                 )
         for key, tensor in own.items():
-            tensor.copy_(torch.from_numpy(np.array(weights[key])))
+            tensor.copy_(torch.from_numpy(arrays[key]).reshape(tensor.shape))
+
+    def _check_layers(self, own: set[str], given: set[str]) -> None:
+        lacking, foreign = (
+            {key.partition(".lora_")[0] for key in keys} for keys in (own - given, given - own)
+        )
+        said = [f"it lacks {len(lacking)} of the policy's layers: {listed(lacking)}"] * bool(
+            lacking
+        )
+        if foreign:
+            said.append(f"it has {len(foreign)} that the policy has not: {listed(foreign)}")
+        if said:
+            raise ConfigError(
+                f"the adapter of the {self.part} has other layers than this policy: "
+                f"{'; '.join(said)}. Was it trained on another model or target_modules?"
+            )
 
     def remove(self) -> None:
         """Take the adapter off: the part is the base model's again, for good."""
@@ -157,6 +172,12 @@ class Adapter:
             for part in self.parts.values():
                 stack.enter_context(part.disabled())
             yield
+
+
+def _plain(shape: Sequence[int]) -> tuple[int, ...]:
+    """A tensor's shape, where a convolution of 1 x 1 is the linear layer that it is."""
+    sizes = tuple(shape)
+    return sizes[:2] if sizes[2:] == (1, 1) else sizes
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -1,145 +1,174 @@
-"""Adapters as files: directories that stock PEFT and stock diffusers both load."""
+"""Adapters as files: directories that stock PEFT, stock diffusers and kohya's readers load."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import os
+import secrets
+import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import save
 
 from texforce_ray.errors import ConfigError
-from texforce_ray.model.adapter import lora_config
-from texforce_ray.model.location import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_WEIGHTS
-from texforce_ray.model.snapshot import PARTS, UNET, LoraShape, PolicySnapshot, Tensors
-from texforce_ray.records.files import from_json
+from texforce_ray.model.kohya import to_kohya
+from texforce_ray.model.location import (
+    DIFFUSERS_FILE,
+    KOHYA_FILE,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    find_adapter,
+)
+from texforce_ray.model.lora_formats import arrays, check_plain, load_tensors, read_file
+from texforce_ray.model.lora_layers import (
+    A,
+    B,
+    Layer,
+    Layers,
+    assemble,
+    canonical,
+    pair_layers,
+    prefixed,
+)
+from texforce_ray.model.peft_config import portable_config, read_scale, target_names
+from texforce_ray.model.snapshot import PARTS, TEXT_ENCODERS, UNET, PolicySnapshot, Tensors
+from texforce_ray.records.files import atomic_write_bytes, from_json, write_error
+
+_PEFT_START = "base_model.model."
+_PROJECTED = "CLIPTextModelWithProjection"
 
 
 def export_adapter(snapshot: PolicySnapshot, directory: Path, base: str) -> None:
-    """Write one directory that stock PEFT and stock diffusers both load.
+    """Write one directory that stock PEFT, stock diffusers and kohya's readers load.
 
     `adapter_config.json` + `adapter_model.safetensors` for `PeftModel.from_pretrained`, in the
     directory itself for one part and in a folder named for each part if there are several;
-    `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights`.
+    `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights`; `kohya.safetensors` for A1111,
+    ComfyUI and the like. Equal snapshots give equal bytes.
+
+    Raises:
+        RunDirectoryError: the file system refused.
+        ConfigError: the directory holds another adapter, on parts that this one is not on.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    layers: dict[str, Any] = {}
+    diffusers: Tensors = {}
+    files: dict[str, bytes] = {}
     for part, tensors in snapshot.adapters.items():
-        folder = directory if len(snapshot.adapters) == 1 else directory / part
-        folder.mkdir(exist_ok=True)
-        weights = {key: torch.from_numpy(value.copy()) for key, value in tensors.items()}
-        config = lora_config(snapshot.shapes[part])
-        config.base_model_name_or_path = base
-        config.inference_mode = True
-        config.save_pretrained(folder)
-        save_file(
-            {f"base_model.model.{key}": value for key, value in weights.items()},
-            folder / PEFT_WEIGHTS,
-            metadata={"format": "pt"},
-        )
-        layers[f"{part}_lora_layers"] = weights
-        layers[f"{part}_lora_adapter_metadata"] = lora_config(snapshot.shapes[part]).to_dict()
-    kind = (
-        StableDiffusionXLPipeline
-        if "text_encoder_2" in snapshot.adapters
-        else StableDiffusionPipeline
-    )
-    kind.save_lora_weights(directory, safe_serialization=True, **layers)
+        # A second text encoder in the directory itself would be taken for the first.
+        alone = len(snapshot.adapters) == 1 and part != TEXT_ENCODERS[1]
+        folder = "" if alone else f"{part}/"
+        shape = snapshot.shapes[part]
+        config = portable_config(shape.rank, shape.alpha, shape.target_modules, base)
+        files[folder + PEFT_CONFIG] = json.dumps(config, indent=2).encode() + b"\n"
+        files[folder + PEFT_WEIGHTS] = _bytes(_peft_tensors(part, tensors))
+        # diffusers before 0.34 reads no scale: alpha / r is in B, which leaves scale 1.
+        scale = np.float32(shape.alpha / shape.rank)
+        diffusers |= {
+            f"{part}.{prefixed(part, key)}": value * scale if key.endswith(B) else value
+            for key, value in tensors.items()
+        }
+    files[DIFFUSERS_FILE] = _bytes(diffusers)
+    files[KOHYA_FILE] = _bytes(to_kohya(snapshot))
+    _write(directory, files)
 
 
-def read_adapter(directory: Path, origin: str | None = None) -> PolicySnapshot:
-    """Read an adapter, ours or another's: PEFT's folder, one for each part, or diffusers' file.
+def _peft_tensors(part: str, tensors: Tensors) -> Tensors:
+    """CLIPTextModel's under both names: PEFT beside transformers 5.6 and later knows the one,
+    beside older ones the other, and each leaves out what it does not know."""
+    names = (canonical, prefixed) if part in TEXT_ENCODERS else (canonical,)
+    return {
+        _PEFT_START + name(part, key): value for name in names for key, value in tensors.items()
+    }
+
+
+def _bytes(tensors: Tensors) -> bytes:
+    # One entry of metadata alone: safetensors writes several in random order. Reshaped, because
+    # numpy makes a number without dimensions one with one.
+    contiguous = {k: np.ascontiguousarray(v).reshape(v.shape) for k, v in tensors.items()}
+    return save(contiguous, metadata={"format": "pt"})
+
+
+def _write(directory: Path, files: dict[str, bytes]) -> None:
+    """All or none, should the disk be full: weights beside another's config have a wrong scale."""
+    for folder in ("", *(f"{part}/" for part in PARTS)):
+        if (directory / folder / PEFT_CONFIG).exists() and folder + PEFT_CONFIG not in files:
+            raise ConfigError(
+                f"{directory / folder} holds an adapter that would be read with the new one: "
+                "choose another directory"
+            )
+    partial = directory / f".adapter.{secrets.token_hex(4)}.tmp"
+    try:
+        for name, data in files.items():
+            atomic_write_bytes(partial / name, data)
+        for name in files:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(partial / name, directory / name)
+    except OSError as error:
+        raise write_error(directory, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_adapter(
+    path: Path, origin: str | None = None, layers_per_block: int = 2
+) -> PolicySnapshot:
+    """Read an adapter, ours or another's: docs/adapters.md lists the forms.
+
+    Layers have the names that transformers gives them since 5.6, whatever the file calls them;
+    `Adapter.load` finds a loaded model's.
 
     Args:
-        directory: where it is (the file itself is accepted too).
-        origin: how errors name it; default: `directory`.
+        path: PEFT's folder, one for each part, or a LoRA file, or a folder with one.
+        origin: how errors name it; default: `path`.
+        layers_per_block: the U-Net's; needed for files with LDM's names of blocks.
 
     Raises:
         ConfigError: not a LoRA adapter, a damaged one, or a variant that is not plain LoRA.
     """
-    origin = origin or str(directory)
-    if directory.is_file():
-        return _read_diffusers(directory, origin)
-    folders = [directory, *(directory / part for part in PARTS)]
-    found = [folder for folder in folders if (folder / PEFT_CONFIG).is_file()]
-    if not found and (directory / DIFFUSERS_FILE).is_file():
-        return _read_diffusers(directory / DIFFUSERS_FILE, origin)
-    if not found or not all((folder / PEFT_WEIGHTS).is_file() for folder in found):
-        raise ConfigError(
-            f"{origin} is not an adapter: it should hold {PEFT_CONFIG} and {PEFT_WEIGHTS}, or "
-            f"{DIFFUSERS_FILE}"
-        )
-    parts = dict(_read_part(folder, origin) for folder in found)
-    shapes = {part: shape for part, (shape, _) in parts.items()}
-    return PolicySnapshot(0, shapes, {part: tensors for part, (_, tensors) in parts.items()})
+    origin = origin or str(path)
+    found = find_adapter(path, origin)
+    folders = [file.parent for file in found.values() if file.name == PEFT_CONFIG]
+    if not folders:
+        (file,) = found.values()
+        return read_file(file, origin, layers_per_block)
+    parts: dict[str, tuple[Layers, list[str] | None]] = {}
+    for folder in folders:
+        weights = next(f for f in found.values() if f.parent == folder and f.name != PEFT_CONFIG)
+        part, read = _read_part(folder, weights, origin)
+        if part in parts:
+            raise ConfigError(f"{origin} holds two adapters of the {part}")
+        parts[part] = read
+    return assemble(parts)
 
 
-def _read_part(folder: Path, origin: str) -> tuple[str, tuple[LoraShape, Tensors]]:
+def _read_part(
+    folder: Path, weights: Path, origin: str
+) -> tuple[str, tuple[Layers, list[str] | None]]:
     try:
-        config, loaded = LoraConfig.from_pretrained(str(folder)), load_file(folder / PEFT_WEIGHTS)
-    except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
+        config = from_json((folder / PEFT_CONFIG).read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError(f"{PEFT_CONFIG} is no JSON object")
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{origin} holds a damaged adapter: {error}") from error
-    tensors = {k.removeprefix("base_model.model."): v.float().numpy() for k, v in loaded.items()}
-    part = folder.name if folder.name in PARTS else _guess_part(tensors)
-    return part, (_shape(config, tensors, origin), tensors)
+    scale = read_scale(config, origin)
+    state, _ = load_tensors(weights, origin)
+    check_plain(state, origin)
+    tensors = {key.removeprefix(_PEFT_START): value for key, value in arrays(state).items()}
+    if not tensors:
+        raise ConfigError(f"{origin} holds no tensors")
+    part = folder.name if folder.name in PARTS else _guess_part(config, tensors)
+    layers = {
+        name: Layer(pair[A], pair[B], scale.alpha_of(name, pair[A].shape[0]))
+        for name, pair in pair_layers(part, tensors, origin).items()
+    }
+    return part, (layers, target_names(config))
 
 
-def _shape(config: LoraConfig, tensors: Mapping[str, np.ndarray], origin: str) -> LoraShape:
-    variants = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "use_qalora")
-    if found := [name for name in variants if getattr(config, name, None)]:
-        raise ConfigError(
-            f"{origin} is not a plain LoRA adapter (it sets {', '.join(found)}); plain LoRA of one "
-            "rank and alpha is supported"
-        )
-    named = config.target_modules
-    if isinstance(named, str) or not named:  # a regular expression: the tensors say what it meant
-        named = {key.partition(".lora_")[0] for key in tensors}
-    # rsLoRA scales by alpha / sqrt(r) where LoRA scales by alpha / r.
-    alpha = float(config.lora_alpha) * (config.r**0.5 if config.use_rslora else 1.0)
-    return LoraShape(config.r, alpha, tuple(sorted(named)))
-
-
-def _guess_part(tensors: Mapping[str, np.ndarray]) -> str:
+def _guess_part(config: dict[str, object], tensors: Tensors) -> str:
     blocks = ("down_blocks.", "mid_block.", "up_blocks.")
-    return UNET if any(key.startswith(blocks) for key in tensors) else PARTS[0]
-
-
-def _read_diffusers(file: Path, origin: str) -> PolicySnapshot:
-    """A LoRA file of diffusers whose keys are PEFT's, behind the name of the part."""
-    try:
-        loaded = load_file(file)
-        with safe_open(file, "pt") as opened:
-            metadata = from_json((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"{origin} holds a damaged adapter: {error}") from error
-    adapters: dict[str, Tensors] = {}
-    shapes: dict[str, LoraShape] = {}
-    for part in PARTS:
-        prefix = f"{part}."
-        tensors = {
-            key.removeprefix(prefix): value.float().numpy()
-            for key, value in loaded.items()
-            if key.startswith(prefix)
-        }
-        if not tensors:
-            continue
-        if not all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in tensors):
-            raise ConfigError(
-                f"{origin} is a LoRA file of an older form; load it with diffusers' "
-                "load_lora_weights and save it again, or give it as model.unet_adapters"
-            )
-        ranks = {value.shape[0] for key, value in tensors.items() if ".lora_A." in key}
-        if len(ranks) != 1:
-            raise ConfigError(f"{origin} has ranks {sorted(ranks)} in {part}; one is supported")
-        rank = ranks.pop()
-        alpha = float(metadata.get(f"{part}.lora_alpha", rank))
-        targets = tuple(sorted({key.partition(".lora_")[0] for key in tensors}))
-        adapters[part], shapes[part] = tensors, LoraShape(rank, alpha, targets)
-    if not adapters:
-        raise ConfigError(f"{origin} holds no LoRA tensors of {', '.join(PARTS)}")
-    return PolicySnapshot(0, shapes, adapters)
+    if any(key.startswith(blocks) for key in tensors):
+        return UNET
+    mapping = config.get("auto_mapping")
+    named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    projected = named == _PROJECTED or any(key.startswith("text_projection") for key in tensors)
+    return TEXT_ENCODERS[1] if projected else TEXT_ENCODERS[0]

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
-from peft import PeftModel
-from torch import Tensor, nn
+from diffusers import UNet2DConditionModel
+from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub.errors import EntryNotFoundError
+from torch import nn
 
 from texforce_ray.errors import ConfigError
+from texforce_ray.model.adapter_files import read_adapter
+from texforce_ray.model.fusion import merge, update_of
+from texforce_ray.model.location import (
+    DIFFUSERS_FILE,
+    DIFFUSERS_PICKLE,
+    PEFT_CONFIG,
+    PEFT_PICKLE,
+    PEFT_WEIGHTS,
+)
+from texforce_ray.model.snapshot import UNET
 
 
 def load_unet(path: str, dtype: torch.dtype, replaced: UNet2DConditionModel) -> nn.Module:
@@ -38,87 +49,57 @@ def load_unet(path: str, dtype: torch.dtype, replaced: UNet2DConditionModel) -> 
     return unet
 
 
-def merge_unet_adapter(pipe: StableDiffusionPipeline, path: str) -> None:
-    """Merge a U-Net LoRA into the pipeline's U-Net: PEFT's folder, diffusers' file, attn_procs.
+def merge_unet_adapter(pipe: Any, path: str) -> None:
+    """Merge the U-Net's part of an adapter into the pipeline's U-Net, in any form that
+    `read_adapter` knows; a hub id too.
 
     Raises:
-        ConfigError: nothing there, damaged, or of another U-Net.
+        ConfigError: nothing there, damaged, not plain LoRA, or of another U-Net.
     """
-    before = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
+    key = "model.unet_adapters"
     folder = Path(path).expanduser()
-    if not folder.exists() and path.startswith((".", "/", "~")):
-        raise ConfigError(f"model.unet_adapters: {path} does not exist")
-    try:
-        if (folder / "adapter_config.json").is_file():
-            pipe.unet = PeftModel.from_pretrained(pipe.unet, str(folder)).merge_and_unload()
-        elif (folder / "unet" / "adapter_config.json").is_file():
-            tuned = PeftModel.from_pretrained(pipe.unet, str(folder / "unet"))
-            pipe.unet = tuned.merge_and_unload()
-        else:
-            _merge_diffusers(pipe, folder if folder.exists() else Path(path))
-    except ConfigError:
-        raise
-    except Exception as error:  # the loaders raise anything on files of other models
-        message = str(error).strip().splitlines()
+    if not folder.exists():
+        if path.startswith((".", "/", "~")):
+            raise ConfigError(f"{key}: {path} does not exist")
+        folder = _download(path)
+    blocks = pipe.unet.config.layers_per_block
+    per_block = blocks if isinstance(blocks, int) else max(blocks)
+    snapshot = read_adapter(folder, f"{key}: {path}", per_block)
+    if UNET not in snapshot.adapters:
         raise ConfigError(
-            f"model.unet_adapters: {path} does not fit this U-Net or is damaged: "
-            f"{message[0] if message else type(error).__name__}"
-        ) from error
-    after = pipe.unet.state_dict()
-    if after.keys() != before.keys():
-        raise ConfigError(f"model.unet_adapters: {path} is more than a LoRA of the U-Net")
-    if all(torch.equal(before[key], value) for key, value in after.items()):
-        raise ConfigError(
-            f"model.unet_adapters: {path} changes nothing in the U-Net: is it one of another part?"
+            f"{key}: {path} is an adapter of the {' and the '.join(snapshot.adapters)}, not of "
+            "the U-Net"
         )
+    if not any(update.any() for update in update_of(snapshot, UNET).values()):
+        raise ConfigError(f"{key}: {path} changes nothing in the U-Net: all its updates are 0")
+    merge(snapshot, UNET, pipe.unet, f"{key}: {path}", "this pipeline")
 
 
-def _merge_diffusers(pipe: StableDiffusionPipeline, path: Path) -> None:
-    state = _state(path)
-    if state is not None and any(".processor." in key for key in state):
-        _merge_processors(pipe.unet, state, str(path))
-        return
-    pipe.load_lora_weights(str(path))
-    pipe.fuse_lora(components=["unet"])
-    pipe.unload_lora_weights()
+def _download(repository: str) -> Path:
+    """The folder of a hub repository's adapter files, as they lie in the cache.
 
-
-def _state(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a local LoRA file; None for a hub id."""
-    files = [path] if path.is_file() else [path / LORA_WEIGHT_NAME_SAFE, path / LORA_WEIGHT_NAME]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        if path.exists():
-            raise ConfigError(f"model.unet_adapters: {path} holds no LoRA weights")
-        return None
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
-
-
-@torch.no_grad()
-def _merge_processors(unet: nn.Module, state: dict[str, Tensor], name: str) -> None:
-    """The attn_procs format of diffusers 0.14 to 0.20: `<attn>.processor.to_q_lora.down.weight`."""
-    found = {key.removeprefix("unet.") for key in state}
-    tensors = {key.removeprefix("unet."): value for key, value in state.items()}
-    for key in sorted(k for k in found if k.endswith("_lora.down.weight")):
-        attention, _, rest = key.partition(".processor.")
-        which = rest.removesuffix("_lora.down.weight")
-        target = f"{attention}.to_out.0" if which == "to_out" else f"{attention}.{which}"
-        try:
-            weight: Tensor = unet.get_submodule(target).get_parameter("weight")
-        except AttributeError:
-            raise ConfigError(
-                f"model.unet_adapters: {name} is an adapter of another U-Net: this one has no "
-                f"layer {target}"
-            ) from None
-        down, up = tensors[key], tensors[key.replace("_lora.down.", "_lora.up.")]
-        update = up.float() @ down.float()
-        if update.shape != weight.shape:
-            raise ConfigError(
-                f"model.unet_adapters: {name} is an adapter of another U-Net: layer {target} is "
-                f"{tuple(weight.shape)} here and {tuple(update.shape)} there"
-            )
-        weight += update.to(weight)
+    Raises:
+        ConfigError: there is no such repository, or no adapter in it, or no network.
+    """
+    origin = f"model.unet_adapters: {repository}"
+    sets = (
+        (PEFT_CONFIG, PEFT_WEIGHTS), (PEFT_CONFIG, PEFT_PICKLE),
+        (f"{UNET}/{PEFT_CONFIG}", f"{UNET}/{PEFT_WEIGHTS}"),
+        (f"{UNET}/{PEFT_CONFIG}", f"{UNET}/{PEFT_PICKLE}"), (DIFFUSERS_FILE,), (DIFFUSERS_PICKLE,),
+    )  # fmt: skip
+    try:
+        for names in sets:
+            try:
+                files = [Path(hf_hub_download(repository, name)) for name in names]
+            except EntryNotFoundError:
+                continue
+            return files[0] if len(names) == 1 else files[0].parent
+        named = [name for name in list_repo_files(repository) if name.endswith(".safetensors")]
+        if len(named) == 1:
+            return Path(hf_hub_download(repository, named[0]))
+    except (OSError, ValueError, EntryNotFoundError) as error:  # what the hub's client raises
+        words = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ConfigError(
+            f"{origin} is no path, and not to be had from the hub: {words}"
+        ) from error
+    raise ConfigError(f"{origin} holds {len(named)} LoRA files: download the one that is meant")

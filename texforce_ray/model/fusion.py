@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import nn
 
 from texforce_ray.errors import ConfigError
+from texforce_ray.model.lora_layers import A, B, Layer, canonical, filled, listed, own_names
 from texforce_ray.model.snapshot import LoraShape, PolicySnapshot, Tensors
 
 Weighted = tuple[float, PolicySnapshot]
@@ -19,7 +22,8 @@ Weighted = tuple[float, PolicySnapshot]
 
 @dataclass(frozen=True)
 class _Module:
-    """One layer's update as B A with scale 1: a [r, in], b [out, r]."""
+    """One layer's update as B A with scale 1: a [r, in], b [out, r]; of convolutions
+    [r, in, k, k] and [out, r, 1, 1]."""
 
     a: np.ndarray
     b: np.ndarray
@@ -44,16 +48,22 @@ def fuse(adapters: Sequence[Weighted]) -> PolicySnapshot:
                         f"{_sizes(module)} in another: they belong to different base models"
                     )
                 before.append(module)
-        joined = {
-            name: _Module(
-                np.concatenate([m.a for m in found]), np.concatenate([m.b for m in found], axis=1)
-            )
-            for name, found in modules.items()
-        }
+        joined = {name: _join(found) for name, found in modules.items()}
         rank = max(module.a.shape[0] for module in joined.values())
         shapes[part] = LoraShape(rank, float(rank), tuple(sorted(joined)))
         fused[part] = _tensors(joined, rank)
     return PolicySnapshot(0, shapes, fused)
+
+
+def _join(modules: Sequence[_Module]) -> _Module:
+    """Their sum. A 1 x 1 convolution can be written as a linear layer in one of them."""
+    dimensions = max(module.a.ndim for module in modules)
+    ones = [(1,) * (dimensions - module.a.ndim) for module in modules]
+    pairs = list(zip(modules, ones, strict=True))
+    return _Module(
+        np.concatenate([m.a.reshape(*m.a.shape, *one) for m, one in pairs]),
+        np.concatenate([m.b.reshape(*m.b.shape, *one) for m, one in pairs], axis=1),
+    )
 
 
 def compress(adapter: PolicySnapshot, rank: int) -> tuple[PolicySnapshot, float]:
@@ -68,12 +78,17 @@ def compress(adapter: PolicySnapshot, rank: int) -> tuple[PolicySnapshot, float]
         modules = {}
         for name, module in _modules(adapter, part, 1.0).items():
             # Through QR of the thin factors: the full matrix is never decomposed.
-            q_b, r_b = np.linalg.qr(module.b.astype(np.float64))
-            q_a, r_a = np.linalg.qr(module.a.T.astype(np.float64))
+            flat_b, flat_a = (_flat(factor).astype(np.float64) for factor in (module.b, module.a))
+            q_b, r_b = np.linalg.qr(flat_b)
+            q_a, r_a = np.linalg.qr(flat_a.T)
             u, s, vt = np.linalg.svd(r_b @ r_a.T)
             kept = min(rank, len(s))
             root = np.sqrt(s[:kept])
-            modules[name] = _Module((root[:, None] * vt[:kept]) @ q_a.T, q_b @ u[:, :kept] * root)
+            new_a, new_b = (root[:, None] * vt[:kept]) @ q_a.T, q_b @ u[:, :kept] * root
+            modules[name] = _Module(
+                new_a.reshape(kept, *module.a.shape[1:]),
+                new_b.reshape(len(new_b), kept, *module.b.shape[2:]),
+            )
             lost += float((s[kept:] ** 2).sum())
             whole += float((s**2).sum())
         shapes[part] = LoraShape(rank, float(rank), tuple(sorted(modules)))
@@ -83,8 +98,42 @@ def compress(adapter: PolicySnapshot, rank: int) -> tuple[PolicySnapshot, float]
 
 
 def update_of(adapter: PolicySnapshot, part: str) -> dict[str, np.ndarray]:
-    """The full update of every layer, float32 [out, in], by the layer's name."""
-    return {name: m.b @ m.a for name, m in _modules(adapter, part, 1.0).items()}
+    """The full update of every layer, float32 [out, in] or [out, in, k, k], by the layer's name."""
+    return {
+        name: (_flat(m.b) @ _flat(m.a)).reshape(len(m.b), *m.a.shape[1:])
+        for name, m in _modules(adapter, part, 1.0).items()
+    }
+
+
+@torch.no_grad()
+def merge(adapter: PolicySnapshot, part: str, module: nn.Module, origin: str, model: str) -> None:
+    """Add the updates of a part to the weights of its module.
+
+    Raises:
+        ConfigError: a layer that the module lacks or that has another size there; nothing is
+            changed then. `origin` and `model` are the names of the two in the message.
+    """
+    updates = update_of(adapter, part)
+    names = own_names(updates, (name for name, _ in module.named_modules()))
+    weights: dict[str, torch.Tensor] = {}
+    for name, update in updates.items():
+        try:
+            weights[name] = module.get_submodule(names[name]).get_parameter("weight")
+        except AttributeError:
+            continue
+        if _plain(weights[name].shape) != _plain(update.shape):
+            raise ConfigError(
+                f"{origin} is an adapter of another model: layer {part}.{name} is "
+                f"{tuple(weights[name].shape)} in {model} and {update.shape} in the adapter"
+            )
+    if missing := updates.keys() - weights.keys():
+        raise ConfigError(
+            f"{origin} is an adapter of another model: the {part} of {model} has no layer "
+            f"{listed(missing)}"
+        )
+    for name, weight in weights.items():
+        added = torch.from_numpy(updates[name]).reshape(weight.shape).to(weight.device)
+        weight.copy_(weight.float() + added)
 
 
 def _modules(adapter: PolicySnapshot, part: str, weight: float) -> dict[str, _Module]:
@@ -92,27 +141,33 @@ def _modules(adapter: PolicySnapshot, part: str, weight: float) -> dict[str, _Mo
     if not tensors:
         return {}
     shape = adapter.shapes[part]
-    if unfit := [key for key, value in tensors.items() if value.ndim != 2]:
-        raise ConfigError(f"{part}.{unfit[0]} is no linear layer's; those alone can be fused")
     scale = np.float32(weight * shape.alpha / shape.rank)
     names = sorted({key.partition(".lora_")[0] for key in tensors})
     return {
-        name: _Module(tensors[f"{name}.lora_A.weight"], scale * tensors[f"{name}.lora_B.weight"])
+        canonical(part, name): _Module(tensors[name + A], scale * tensors[name + B])
         for name in names
     }
 
 
-def _sizes(module: _Module) -> tuple[int, int]:
-    return module.b.shape[0], module.a.shape[1]
+def _sizes(module: _Module) -> tuple[int, ...]:
+    return module.b.shape[0], *_plain(module.a.shape[1:])
+
+
+def _flat(factor: np.ndarray) -> np.ndarray:
+    """[r, in, k, k] as [r, in k k], [out, r, 1, 1] as [out, r]."""
+    return factor.reshape(len(factor), -1)
+
+
+def _plain(shape: Sequence[int]) -> tuple[int, ...]:
+    """A weight's shape, where a convolution of 1 x 1 is the linear layer that it is."""
+    sizes = tuple(shape)
+    return sizes[:-2] if len(sizes) > 2 and sizes[-2:] == (1, 1) else sizes
 
 
 def _tensors(modules: dict[str, _Module], rank: int) -> Tensors:
     """Zero rows fill up to one rank for all layers: PEFT's plain form, and still exact."""
     tensors: Tensors = {}
     for name, module in modules.items():
-        missing = rank - module.a.shape[0]
-        a = np.pad(module.a, ((0, missing), (0, 0)))
-        b = np.pad(module.b, ((0, 0), (0, missing)))
-        tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a, dtype=np.float32)
-        tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b, dtype=np.float32)
+        whole = filled(Layer(module.a, module.b, float(len(module.a))), rank)
+        tensors |= {name + A: whole.a, name + B: whole.b}
     return tensors

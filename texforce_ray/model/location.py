@@ -11,7 +11,11 @@ from texforce_ray.records.files import from_json
 EMBEDDED = Path(__file__).parent.parent / "shapes" / "weights"
 SUPPORTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+DIFFUSERS_PICKLE = "pytorch_lora_weights.bin"
+KOHYA_FILE = "kohya.safetensors"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_PICKLE = "adapter_model.bin"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def locate_model(path: str) -> str:
@@ -39,32 +43,87 @@ def locate_model(path: str) -> str:
     return str(folder)
 
 
+def find_adapter(path: Path, origin: str | None = None) -> dict[str, Path]:
+    """The files of an adapter by the names under which `read_adapter` finds them elsewhere.
+
+    Raises:
+        ConfigError: `path` is neither an adapter's directory nor a LoRA file, and what it is.
+    """
+    origin = origin or str(path)
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            return {DIFFUSERS_FILE: path}
+        if path.suffix in _PICKLES:
+            return {DIFFUSERS_PICKLE: path}
+        raise ConfigError(
+            f"{origin} is not an adapter: a LoRA file ends with .safetensors or "
+            f"{', '.join(_PICKLES)}"
+        )
+    found: dict[str, Path] = {}
+    for folder in (path, *(path / part for part in PARTS)):
+        if (folder / PEFT_CONFIG).is_file():
+            weights = _first(folder, PEFT_WEIGHTS, PEFT_PICKLE)
+            if weights is None:
+                raise _no_adapter(origin, f"{folder / PEFT_CONFIG} has no {PEFT_WEIGHTS} beside it")
+            # The part's own folder says which part it is, here and where it is sent.
+            start = f"{folder.name}/" if folder.name in PARTS else ""
+            found |= {start + file.name: file for file in (folder / PEFT_CONFIG, weights)}
+    if found:
+        return found
+    if (file := _first(path, DIFFUSERS_FILE, DIFFUSERS_PICKLE)) is not None:
+        return {file.name: file}
+    if _first(path, PEFT_WEIGHTS, PEFT_PICKLE) is not None:
+        raise _no_adapter(origin, f"{PEFT_CONFIG}, which has the scale, is missing")
+    others = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if len(others) == 1:
+        return {DIFFUSERS_FILE: others[0]}
+    if others:
+        raise _no_adapter(origin, f"it holds {len(others)} files: name one of them")
+    if (path / "adapter").is_dir():
+        raise _no_adapter(origin, f"did you mean {path / 'adapter'}?")
+    raise _no_adapter(origin, "it holds none of them" if path.is_dir() else "it does not exist")
+
+
+def _first(folder: Path, *names: str) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _no_adapter(origin: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"{origin} is not an adapter: it should hold {PEFT_CONFIG} and {PEFT_WEIGHTS} (or "
+        f"{PEFT_PICKLE}), or {DIFFUSERS_FILE}, or be a LoRA file; {why}"
+    )
+
+
 def adapter_files(path: Path) -> dict[str, bytes]:
     """What `read_adapter` needs of an adapter, by name, so that another machine can read it.
 
     Raises:
-        ConfigError: `path` is neither an adapter directory nor a safetensors file.
+        ConfigError: `path` is neither an adapter's directory nor a LoRA file, or cannot be read.
     """
-    if path.is_file() and path.suffix == ".safetensors":
-        return {DIFFUSERS_FILE: path.read_bytes()}
-    folders = ("", *(f"{part}/" for part in PARTS))
-    wanted = [folder + name for folder in folders for name in (PEFT_CONFIG, PEFT_WEIGHTS)]
-    found = {name: path / name for name in wanted if (path / name).is_file()}
-    if not any(name.endswith(PEFT_CONFIG) for name in found):
-        found = {DIFFUSERS_FILE: path / DIFFUSERS_FILE} if (path / DIFFUSERS_FILE).is_file() else {}
-    if not found:
-        raise ConfigError(
-            f"{path} is not an adapter: it should hold {PEFT_CONFIG} and {PEFT_WEIGHTS}, or "
-            f"{DIFFUSERS_FILE}"
-        )
-    return {name: file.read_bytes() for name, file in found.items()}
+    try:
+        return {name: file.read_bytes() for name, file in find_adapter(path).items()}
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
 def base_of(path: Path) -> str | None:
-    """The base model that an adapter directory names."""
+    """The base model that an adapter directory names; of local ones, the plain absolute path."""
     for folder in (path, *(path / part for part in PARTS)):
         try:
-            return from_json((folder / PEFT_CONFIG).read_text()).get("base_model_name_or_path")
+            base = from_json((folder / PEFT_CONFIG).read_bytes()).get("base_model_name_or_path")
         except (OSError, ValueError, AttributeError):
             continue
+        known = isinstance(base, str) and base not in ("", "unknown")
+        return same_base(base) if known else None
     return None
+
+
+def same_base(base: str) -> str:
+    """One name for one base: paths without `..`, links and a last slash; hub ids as they are."""
+    if base == "embedded":
+        return base
+    folder = Path(base).expanduser()
+    if folder.exists():
+        return "embedded" if folder.resolve() == EMBEDDED.resolve() else str(folder.resolve())
+    return base.rstrip("/") or base

@@ -1,0 +1,114 @@
+"""LoRA files of kohya's scripts, which A1111, Forge, ComfyUI and others read and write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from diffusers.loaders.lora_conversion_utils import (
+    _convert_non_diffusers_lora_to_diffusers,
+    _maybe_map_sgm_blocks_to_diffusers,
+)
+from torch import Tensor
+
+from texforce_ray.errors import ConfigError
+from texforce_ray.model.lora_layers import A, B, listed, prefixed
+from texforce_ray.model.snapshot import UNET, PolicySnapshot, Tensors
+
+PREFIXES = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
+_ENDS = (".lora_down.weight", ".lora_up.weight", ".alpha")
+_LDM = ("input_blocks", "middle_block", "output_blocks")
+_DIFFUSERS = ("down_blocks", "mid_block", "up_blocks")
+
+
+def is_kohya(keys: Mapping[str, Any]) -> bool:
+    return any(key.startswith(PREFIXES) for key in keys)
+
+
+def from_kohya(
+    state: Mapping[str, Tensor], origin: str, layers_per_block: int
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The state as diffusers names it, and alphas by diffusers' names; through its converter.
+
+    Raises:
+        ConfigError: keys that are not understood, by name.
+    """
+    renamed = {_classic(key): value for key, value in state.items()}
+    layers = _layers(renamed, origin)
+    ldm = {name for name in layers if any(part in name for part in _LDM)}
+    if ldm and any(part in name for name in layers for part in _DIFFUSERS):
+        raise ConfigError(
+            f"{origin} names U-Net blocks in two ways: {min(ldm)} is LDM's, others are diffusers'"
+        )
+    try:
+        config = SimpleNamespace(layers_per_block=layers_per_block)
+        # Both take the tensors out of what they are given.
+        mapped = _maybe_map_sgm_blocks_to_diffusers(dict(renamed), config)
+        converted, alphas = _convert_non_diffusers_lora_to_diffusers(mapped)
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
+        raise ConfigError(
+            f"{origin}: its layers are not those of Stable Diffusion: {str(error)[:200]}"
+        ) from error
+    if len(converted) != 2 * len(layers):
+        raise ConfigError(f"{origin}: two of its layers have one name in diffusers")
+    return converted, alphas
+
+
+def _classic(key: str) -> str:
+    """Some trainers write PEFT's A and B behind kohya's names."""
+    for end, classic in ((A, _ENDS[0]), (B, _ENDS[1])):
+        if key.endswith(end):
+            return key.removesuffix(end) + classic
+    return key
+
+
+def _layers(state: Mapping[str, Tensor], origin: str) -> set[str]:
+    if unknown := [key for key in state if not key.startswith(PREFIXES) or not key.endswith(_ENDS)]:
+        raise ConfigError(
+            f"{origin}: keys that are not understood: {listed(unknown)}; a LoRA file of this kind "
+            f"has {', '.join(PREFIXES)} with {', '.join(_ENDS)}"
+        )
+    layers = {key.partition(".")[0] for key in state}
+    for name in sorted(layers):
+        if missing := [end for end in _ENDS[:2] if name + end not in state]:
+            raise ConfigError(f"{origin} holds a damaged adapter: {name}{missing[0]} is missing")
+    return layers
+
+
+def check_names(names: Mapping[str, set[str]], state: Mapping[str, Tensor], origin: str) -> None:
+    """Whether the converter has understood every layer: written again, they are the same names.
+
+    Blocks in LDM's names are other names, by design.
+
+    Raises:
+        ConfigError: it has not, by name.
+    """
+    written = {kohya_name(part, name, xl) for part in names for name in names[part]
+               for xl in (False, True)}  # fmt: skip
+    given = {key.partition(".")[0] for key in state}
+    if any(part in name for name in given for part in _LDM):
+        return
+    if unknown := given - written:
+        raise ConfigError(f"{origin}: layers that are not understood: {listed(unknown)}")
+
+
+def kohya_name(part: str, layer: str, xl: bool) -> str:
+    """`lora_te_text_model_encoder_layers_0_self_attn_q_proj` and the like."""
+    first = "lora_te1_" if xl else "lora_te_"
+    start = {"text_encoder": first, "text_encoder_2": "lora_te2_", UNET: "lora_unet_"}[part]
+    return start + prefixed(part, layer).replace(".", "_")
+
+
+def to_kohya(snapshot: PolicySnapshot) -> Tensors:
+    """The snapshot's tensors as kohya's scripts name them."""
+    xl = "text_encoder_2" in snapshot.adapters
+    tensors: Tensors = {}
+    for part, adapter in snapshot.adapters.items():
+        for key, value in adapter.items():
+            end = A if key.endswith(A) else B
+            name = kohya_name(part, key.removesuffix(end), xl)
+            tensors[name + (_ENDS[0] if end == A else _ENDS[1])] = value
+            tensors[name + _ENDS[2]] = np.array(snapshot.shapes[part].alpha, dtype=np.float32)
+    return tensors

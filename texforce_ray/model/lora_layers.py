@@ -1,0 +1,145 @@
+"""LoRA layers by name: one naming for all files, any ranks and scales, made into a snapshot.
+
+CLIPTextModel's layers were `text_model.encoder...` up to transformers 5.5 and are `encoder...`
+since; CLIPTextModelWithProjection kept the prefix. Snapshots read from files have the newer names
+(`canonical`), files have both or the older one, and `own_names` finds a loaded module's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from texforce_ray.errors import ConfigError
+from texforce_ray.model.snapshot import TEXT_ENCODERS, LoraShape, PolicySnapshot, Tensors
+
+PREFIX = "text_model."
+A, B = ".lora_A.weight", ".lora_B.weight"
+PROJECTED = TEXT_ENCODERS[1]  # CLIPTextModelWithProjection
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's update alpha / r * B A.
+
+    a: [r, in], or [r, in, k, k] of a convolution; b: [out, r], or [out, r, 1, 1].
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[0])
+
+
+Layers = dict[str, Layer]
+
+
+def canonical(part: str, name: str) -> str:
+    """A layer's or tensor's name as transformers names it since 5.6."""
+    if part not in TEXT_ENCODERS:
+        return name
+    bare = name.removeprefix(PREFIX)
+    return bare if part != PROJECTED or bare.startswith("text_projection") else PREFIX + bare
+
+
+def prefixed(part: str, name: str) -> str:
+    """The same as files and transformers before 5.6 name it."""
+    if part not in TEXT_ENCODERS:
+        return name
+    bare = name.removeprefix(PREFIX)
+    return bare if bare.startswith("text_projection") else PREFIX + bare
+
+
+def own_names(names: Iterable[str], module: Iterable[str]) -> dict[str, str]:
+    """Each name as the module itself has it, whichever layout either follows; unknown ones stay."""
+    own = set(module)
+    found = {}
+    for name in names:
+        forms = (name, name.removeprefix(PREFIX), PREFIX + name)
+        found[name] = next((form for form in forms if form in own), name)
+    return found
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    found = sorted(names)
+    more = len(found) - _SHOWN
+    return ", ".join(found[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def pair_layers(part: str, tensors: Mapping[str, np.ndarray], origin: str) -> dict[str, Tensors]:
+    """Tensors by PEFT's key, in pairs: {layer: {A: ..., B: ...}} by canonical name.
+
+    Raises:
+        ConfigError: a tensor that is neither an A nor a B, or half a pair, or one that does not
+            fit the other.
+    """
+    pairs: dict[str, Tensors] = {}
+    for key, value in tensors.items():
+        end = next((end for end in (A, B) if key.endswith(end)), None)
+        if end is None:
+            raise ConfigError(
+                f"{origin}: tensor {key} is not understood; LoRA tensors end with {A} or {B}"
+            )
+        pair = pairs.setdefault(canonical(part, key.removesuffix(end)), {})
+        if end in pair and not np.array_equal(pair[end], value):
+            raise ConfigError(f"{origin}: tensor {key} is there twice, with and without {PREFIX}")
+        pair[end] = value
+    for name, pair in pairs.items():
+        _check_pair(name, pair, origin)
+    return pairs
+
+
+def _check_pair(name: str, pair: Tensors, origin: str) -> None:
+    if missing := [end for end in (A, B) if end not in pair]:
+        raise ConfigError(f"{origin} holds a damaged adapter: {name}{missing[0]} is missing")
+    a, b = pair[A], pair[B]
+    fit = a.ndim == b.ndim and a.ndim in (2, 4) and a.shape[0] == b.shape[1] > 0
+    if not fit or (b.ndim == 4 and b.shape[2:] != (1, 1)):
+        raise ConfigError(
+            f"{origin} holds a damaged adapter: {name} has A {a.shape} and B {b.shape}; they "
+            "should be [r, in] and [out, r]"
+        )
+
+
+def assemble(parts: Mapping[str, tuple[Layers, Iterable[str] | None]]) -> PolicySnapshot:
+    """A snapshot of layers by part; with target modules, or None for the layers' full names.
+
+    Layers of one rank and alpha keep their bits. Others are filled up with zeros to the highest
+    rank and their scale is taken into B, which is the same update.
+    """
+    shapes: dict[str, LoraShape] = {}
+    adapters: dict[str, Tensors] = {}
+    for part, (layers, targets) in parts.items():
+        kinds = {(layer.rank, layer.alpha) for layer in layers.values()}
+        rank = max(layer.rank for layer in layers.values())
+        alpha, plain = float(rank), layers
+        if len(kinds) == 1:
+            ((rank, alpha),) = kinds
+        else:
+            plain = {name: filled(layer, rank) for name, layer in layers.items()}
+        named = sorted(layers if targets is None else {canonical(part, t) for t in targets})
+        shapes[part] = LoraShape(rank, alpha, tuple(named))
+        adapters[part] = {}
+        for name, layer in plain.items():
+            adapters[part] |= {name + A: layer.a, name + B: layer.b}
+    return PolicySnapshot(0, shapes, adapters)
+
+
+def filled(layer: Layer, rank: int) -> Layer:
+    """The same update with this rank, not lower than its own, and scale 1."""
+    extra = (0, rank - layer.rank)
+    rest = [(0, 0)] * (layer.a.ndim - 2)
+    a = np.pad(layer.a, [extra, (0, 0), *rest])
+    b = np.pad(layer.b * np.float32(layer.alpha / layer.rank), [(0, 0), extra, *rest])
+    return Layer(
+        np.ascontiguousarray(a, dtype=np.float32),
+        np.ascontiguousarray(b, dtype=np.float32),
+        float(rank),
+    )
