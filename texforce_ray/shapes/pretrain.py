@@ -324,7 +324,16 @@ def export(
     # transformers loads in the dtype that the config names, diffusers in float32: make them agree.
     config = out / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
+    _name_as_older_versions_do(out / "text_encoder" / "model.safetensors")
     (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+
+
+def _name_as_older_versions_do(file: Path) -> None:
+    """Put `text_model.` before CLIP's keys: transformers before 5.6 reads no others and would
+    leave the encoder random; later ones read both."""
+    tensors = load_file(file)
+    named = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in tensors.items()}
+    save_file(named, file, metadata={"format": "pt"})
 
 
 def main() -> None:
