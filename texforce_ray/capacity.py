@@ -20,6 +20,7 @@ from statistics import median
 
 from texforce_ray.config import Config
 from texforce_ray.errors import TexForceError
+from texforce_ray.paths import local_path
 from texforce_ray.records.metrics import read_metrics
 from texforce_ray.records.run_directory import read_config
 
@@ -161,7 +162,7 @@ def table(plans: Sequence[Plan], samples: int) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m texforce_ray.capacity", description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="a short run on the same kind of GPU")
+    parser.add_argument("run_dir", type=local_path, help="a short run on the same kind of GPU")
     parser.add_argument("--gpus", type=int, nargs="+", default=[2, 4, 8, 16, 64])
     parser.add_argument("--samples", type=int, help="of an iteration; default: the run's")
     parser.add_argument("--staleness", type=int, choices=(0, 1), help="default: the run's")

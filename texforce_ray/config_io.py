@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +13,56 @@ from pydantic import ValidationError
 
 from texforce_ray.config import Config, field_paths
 from texforce_ray.errors import ConfigError
+from texforce_ray.overrides import apply_overrides, apply_plain, escaped
+from texforce_ray.paths import check_local
 
 
 def load_config(
-    path: str | Path | None = None, overrides: Sequence[str] = (), base: dict | None = None
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    base: Mapping[str, Any] | None = None,
+    plain: Mapping[str, Any] | None = None,
+    *,
+    stored: bool = False,
 ) -> Config:
     """Read a YAML file and dotted overrides (`key.sub=value`) into a checked `Config`.
 
     A `path` where there is no file may name a shipped config: 'shapes', 'paper/table3-unet'.
 
+    Args:
+        path: the file.
+        overrides: as on a command line; `texforce_ray.overrides` says how they are read.
+        base: plain data under the file's.
+        plain: values by dotted key that win over all others and pass no parser, such as a path
+            from the command line.
+        stored: the file is the config.yaml of a run, perhaps somebody else's. Runs write it
+            resolved, so interpolations such as `${oc.env:HOME}` are refused.
+
     Raises:
         ConfigError: naming every wrong key, what it got, and what would be right.
     """
+    return make_config(_values(path, overrides, base or {}, plain or {}, stored))
+
+
+def _values(
+    path: str | Path | None,
+    overrides: Sequence[str],
+    base: Mapping[str, Any],
+    plain: Mapping[str, Any],
+    stored: bool,
+) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
-        tree = OmegaConf.create(base or {})
+        tree = OmegaConf.create(escaped(base))
         if path is not None:
             path = _found(path)
-            if not path.is_file():
-                raise ConfigError(f"config file {path} does not exist{_similar_configs(path)}")
-            loaded = OmegaConf.load(path)
-            if not OmegaConf.is_dict(loaded):
-                raise ConfigError(f"{path} should hold a mapping of keys, as configs/shapes.yaml")
-            tree = OmegaConf.merge(tree, loaded)
-        for override in overrides:
-            if "=" not in override or override.startswith("-"):
-                raise ConfigError(f"override {override!r} should look like key.sub=value")
-        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(_listed(tree, overrides)))
-        values = OmegaConf.to_container(tree, resolve=True)
+            tree = OmegaConf.merge(tree, _loaded(path, stored))
+        apply_overrides(tree, overrides)
+        apply_plain(tree, plain)
+        return OmegaConf.to_container(tree, resolve=True)
     except (
         OmegaConfBaseException,
         YAMLError,
@@ -56,28 +76,34 @@ def load_config(
         raise ConfigError(
             f"cannot read config {path or ''} {' '.join(overrides)}: {error}"
         ) from None
-    return make_config(values)
 
 
-def _listed(tree: Any, overrides: Sequence[str]) -> list[str]:
-    """Overrides with indices into lists applied in place (`rewards.0.weight=2`); the rest back."""
-    from omegaconf import ListConfig, OmegaConf
+def _loaded(path: Path, stored: bool) -> Any:
+    from omegaconf import OmegaConf
 
-    rest = []
-    for override in overrides:
-        key, _, value = override.partition("=")
-        parts = key.split(".")
-        if len(parts) > 1 and parts[1].isdigit() and isinstance(tree.get(parts[0]), ListConfig):
-            if int(parts[1]) >= len(tree[parts[0]]):
-                raise ConfigError(
-                    f"override {override!r}: {parts[0]} has {len(tree[parts[0]])} entries, "
-                    "counted from 0"
-                )
-            parsed = OmegaConf.from_dotlist([f"value={value}"]).value
-            OmegaConf.update(tree, key, parsed)
-        else:
-            rest.append(override)
-    return rest
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist{_similar_configs(path)}")
+    loaded = OmegaConf.load(path)
+    if not OmegaConf.is_dict(loaded):
+        raise ConfigError(f"{path} should hold a mapping of keys, as configs/shapes.yaml")
+    if stored and (key := _interpolated(OmegaConf.to_container(loaded, resolve=False))) is not None:
+        raise ConfigError(
+            f"{path}: {key} holds an interpolation (${{...}}), which no run writes into "
+            "its config.yaml; put the value itself there"
+        )
+    return loaded
+
+
+def _interpolated(value: Any) -> str | None:
+    """The dotted key of the first text that OmegaConf would resolve; None if there is none."""
+    if isinstance(value, str):
+        return "" if re.search(r"(?<!\\)(\\\\)*\$\{", value) else None
+    if not isinstance(value, dict | list):
+        return None
+    for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
+        if (found := _interpolated(entry)) is not None:
+            return f"{name}.{found}".rstrip(".")
+    return None
 
 
 def make_config(values: Any) -> Config:
@@ -166,11 +192,12 @@ def resolve_run_dir(config: Config, under_ray_job: bool | None = None) -> Config
     """Fill in `{time}` and make the run directory absolute.
 
     Raises:
-        ConfigError: a relative path under `ray job submit`, where it would lie in Ray's temporary
-            copy of the working directory and be deleted with it.
+        ConfigError: a URI; or a relative path under `ray job submit`, where it would lie in Ray's
+            temporary copy of the working directory and be deleted with it.
     """
     if under_ray_job is None:
         under_ray_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    check_local(config.run_dir, "run_dir")
     text = config.run_dir.replace("{time}", time.strftime("%Y%m%d-%H%M%S"))
     path = Path(text).expanduser()
     if not path.is_absolute() and under_ray_job:
@@ -188,13 +215,4 @@ def to_yaml(config: Config) -> str:
 
     # OmegaConf's own writer: PyYAML leaves texts such as 7e1234 bare, which OmegaConf reads as a
     # number, and a commit's hash may look like that.
-    return OmegaConf.to_yaml(OmegaConf.create(_escaped(config.model_dump(mode="json"))))
-
-
-def _escaped(value: Any) -> Any:
-    """Plain data whose texts OmegaConf takes as they are."""
-    if isinstance(value, dict):
-        return {key: _escaped(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_escaped(entry) for entry in value]
-    return value.replace("${", r"\${") if isinstance(value, str) else value
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(config.model_dump(mode="json"))))

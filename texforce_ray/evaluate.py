@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from texforce_ray.errors import ConfigError, TexForceError
+from texforce_ray.paths import check_local, local_path, weighted
 
 if TYPE_CHECKING:
     from texforce_ray.config import Config
@@ -28,23 +30,32 @@ def parser() -> argparse.ArgumentParser:
         description="Score the base model and any adapters on the same prompts and seeds: means "
         "with bootstrap intervals, paired differences, a comparison grid.",
     )
-    commands.add_argument("--config", type=Path, help="take model, sampling and rewards from here")
     commands.add_argument(
-        "--run", type=Path, help="likewise, from a run directory, and its adapter"
+        "--config", type=local_path, help="take model, sampling and rewards from here"
+    )
+    commands.add_argument(
+        "--run", type=local_path, help="likewise, from a run directory, and its adapter"
+    )
+    commands.add_argument(
+        "--trust",
+        action="store_true",
+        help="take code, packages, interpreters and services too from the config of --run",
     )
     commands.add_argument(
         "--adapter",
         action="append",
         default=[],
         metavar="[NAME=]DIR",
-        help="an exported adapter; may be given several times",
+        help="an exported adapter; may be given several times. A path that holds '=' is taken "
+        "whole if it exists",
     )
     commands.add_argument(
         "--fuse",
         action="append",
         default=[],
         metavar="NAME=DIR[*W]+DIR[*W]",
-        help="a weighted sum of adapters, exact; may be given several times",
+        help="a weighted sum of adapters, exact; may be given several times. Paths that exist may "
+        "hold '*' and '+'",
     )
     commands.add_argument(
         "--prompts",
@@ -59,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="keep each policy's first N images as files (for texforce_ray.judge)",
     )
-    commands.add_argument("--out", type=Path, required=True, help="directory for the results")
+    commands.add_argument("--out", type=local_path, required=True, help="directory for the results")
     commands.add_argument("overrides", nargs="*", metavar="key.sub=value", help="as for the run")
     return commands
 
@@ -88,44 +99,67 @@ def _configure(
     options: argparse.Namespace,
 ) -> tuple[dict[str, Config], dict[str, list[Weighted]]]:
     """A config for each prompt set, and each policy's adapters with their weights."""
-    from texforce_ray.config_io import load_config
     from texforce_ray.model.location import adapter_files
 
     if options.images < 1:
         raise ConfigError(f"--images: {options.images} should be at least 1")
     policies: dict[str, list[Weighted]] = {}
-    file = options.config
     if options.run is not None:
-        file = file or options.run / "config.yaml"
         policies["tuned"] = [(1.0, options.run / "adapter")]
     for given in options.adapter:
-        name, equals, path = given.rpartition("=")
-        folder = Path(path)
-        label = (
-            name if equals else (folder.parent.name if folder.name == "adapter" else folder.name)
-        )
-        _add(policies, label, [(1.0, folder)], f"--adapter NAME={path}")
+        name, folder = _named(given)
+        label = name or (folder.parent.name if folder.name == "adapter" else folder.name)
+        _add(policies, label, [(1.0, folder)], f"--adapter NAME={folder}")
     for given in options.fuse:
         name, equals, terms = given.partition("=")
         if not equals or not name:
             raise ConfigError(f"--fuse: {given!r} should look like NAME=DIR*0.5+DIR")
-        parts = [_term(term) for term in terms.split("+")]
-        _add(policies, name, parts, f"--fuse NAME={terms}")
+        _add(policies, name, _terms(terms), f"--fuse NAME={terms}")
     for parts in policies.values():
         for _, folder in parts:
             adapter_files(folder)
     configs = {}
     for prompts in options.prompts or [None]:
-        overrides = list(options.overrides)
-        if prompts:
-            kind = "path" if Path(prompts).suffix else "set"
-            other = "set" if kind == "path" else "path"
-            overrides += [f"eval.prompts.{kind}={prompts}", f"eval.prompts.{other}=null"]
-        label = Path(prompts).stem if prompts else ""
+        label, plain = _prompts(prompts)
         if label in configs:
             raise ConfigError(f"--prompts: two are named {label!r}; rename a file")
-        configs[label] = load_config(file, overrides)
+        configs[label] = _load(options, plain)
     return configs, policies
+
+
+def _load(options: argparse.Namespace, plain: dict[str, Any]) -> Config:
+    from texforce_ray.config_io import load_config
+    from texforce_ray.trust import check_trusted
+
+    if options.config is not None or options.run is None:
+        return load_config(options.config, options.overrides, plain=plain)
+    file = options.run / "config.yaml"
+    config = load_config(file, options.overrides, plain=plain, stored=True)
+    if not options.trust:
+        check_trusted(config, options.overrides, str(file))
+    return config
+
+
+def _prompts(text: str | None) -> tuple[str, dict[str, Any]]:
+    """A label, and the config's values for a built-in set or a file."""
+    from texforce_ray.prompts.readers import stem
+    from texforce_ray.prompts.sets import BUILT_IN
+
+    if text is None:
+        return "", {}
+    check_local(text, "--prompts")
+    named = text in BUILT_IN or not (Path(text).suffix or "/" in text or Path(text).is_file())
+    values = {"set": text if named else None, "path": None if named else text, "dataset": None}
+    label = text if named else stem(Path(text))
+    return label, {f"eval.prompts.{key}": value for key, value in values.items()}
+
+
+def _named(text: str) -> tuple[str, Path]:
+    """Name ('' without one) and path of `[NAME=]DIR`."""
+    name, equals, path = text.partition("=")
+    if os.path.exists(text) or not equals or "/" in name:
+        return "", Path(text)
+    return name, Path(path)
 
 
 def _add(
@@ -138,12 +172,38 @@ def _add(
     policies[label] = parts
 
 
-def _term(text: str) -> Weighted:
-    path, star, weight = text.rpartition("*")
+def _terms(text: str) -> list[Weighted]:
+    """The terms of `DIR*W+DIR`: split where each one's path exists, since paths may hold `+` too.
+
+    Raises:
+        ConfigError: more than one way to split it, or a term that is none.
+    """
+    pieces = text.split("+")
+    ways = _splits(pieces)
+    if len(ways) > 1:
+        shown = " or ".join(" and ".join(terms) for terms in ways[:2])
+        raise ConfigError(f"--fuse: {text!r} can be read as {shown}; rename or link a folder")
+    terms = ways[0] if ways else pieces
+    return [(weight, path) for path, weight in (weighted(t, "*", "DIR*0.5") for t in terms)]
+
+
+def _splits(pieces: list[str]) -> list[list[str]]:
+    """All ways to join neighbouring pieces into terms whose paths exist."""
+    if not pieces:
+        return [[]]
+    ways = []
+    for count in range(1, len(pieces) + 1):
+        term = "+".join(pieces[:count])
+        if _exists(term):
+            ways += [[term, *rest] for rest in _splits(pieces[count:])]
+    return ways
+
+
+def _exists(term: str) -> bool:
     try:
-        return (float(weight), Path(path)) if star else (1.0, Path(text))
-    except ValueError:
-        raise ConfigError(f"--fuse: {text!r} should look like DIR*0.5") from None
+        return os.path.exists(weighted(term, "*", "DIR*0.5")[0])
+    except ConfigError:
+        return False
 
 
 async def _evaluate(
@@ -203,7 +263,8 @@ async def _evaluate(
 
 
 def _write(config: Config, results: dict[str, Evaluation], out: Path) -> dict[str, Any]:
-    from texforce_ray.evaluation import bootstrap_interval, compare
+    from texforce_ray.evaluation import compare
+    from texforce_ray.records.intervals import bootstrap_interval
     from texforce_ray.records.run_directory import write_evaluation
 
     names = [reward.key for reward in config.rewards]
@@ -217,7 +278,7 @@ def _write(config: Config, results: dict[str, Evaluation], out: Path) -> dict[st
             name: dict(
                 zip(
                     ("mean", "low", "high"),
-                    (result.means(names)[name], *bootstrap_interval(column)),
+                    (result.means(names)[name], *bootstrap_interval(column, result.prompts)),
                     strict=True,
                 )
             )

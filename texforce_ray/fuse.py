@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import secrets
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from texforce_ray.errors import ConfigError, TexForceError
+from texforce_ray.paths import local_path, weighted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,10 +29,16 @@ def parser() -> argparse.ArgumentParser:
         "Text-encoder and U-Net adapters stand side by side in one diffusers-loadable file.",
     )
     commands.add_argument(
-        "adapters", nargs="+", metavar="DIR=WEIGHT", help="e.g. runs/hands/adapter=1.0"
+        "adapters",
+        nargs="+",
+        metavar="DIR=WEIGHT",
+        help="e.g. runs/hands/adapter=1.0; a path that holds '=' is taken whole if it exists",
     )
-    commands.add_argument("--out", type=Path, required=True, help="directory of the result")
+    commands.add_argument("--out", type=local_path, required=True, help="directory of the result")
     commands.add_argument("--rank", type=int, help="compress to this rank by SVD; prints the error")
+    commands.add_argument(
+        "--base", metavar="NAME", help="the base model, where the adapters name several or none"
+    )
     commands.add_argument(
         "--merge", metavar="MODEL", help="write a whole pipeline: MODEL with the sum merged into it"
     )
@@ -53,27 +62,33 @@ def main(given: list[str] | None = None) -> int:
     except TexForceError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a full disk, mostly, below some library's writer
+        print(f"\nerror: cannot write {options.out}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.sweep and len(options.adapters) > 2:
+        raise ConfigError(
+            f"--sweep: draws blends of one or two adapters, not of {len(options.adapters)}"
+        )
+    if options.sweep is not None and options.sweep < 1:
+        raise ConfigError(f"--sweep: {options.sweep} should be at least 1")
     if options.rank is not None and options.rank < 1:
         raise ConfigError(f"--rank: {options.rank} should be at least 1")
-    given = [_weighted(text) for text in options.adapters]
-    from texforce_ray.model.location import adapter_files, base_of
+    given = [weighted(text, "=", "DIR=0.5") for text in options.adapters]
+    from texforce_ray.model.location import adapter_files
     from texforce_ray.records.files import check_writable
 
     for path, _ in given:
         adapter_files(path)
-    bases = {base: path for path, _ in given if (base := base_of(path)) is not None}
-    if len(bases) > 1:
-        found = "; ".join(f"{path} of {base}" for base, path in bases.items())
-        raise ConfigError(f"the adapters belong to different base models: {found}")
-    base = next(iter(bases), "unknown")
+    base = options.base or _base([path for path, _ in given])
     check_writable(options.out)
 
     from texforce_ray.model.adapter_files import export_adapter, read_adapter
     from texforce_ray.model.fusion import compress, fuse
+    from texforce_ray.records.files import atomic_write_text
 
     adapters = [(weight, read_adapter(path)) for path, weight in given]
     result, error = fuse(adapters), 0.0
@@ -89,7 +104,7 @@ def _run(options: argparse.Namespace) -> None:
         "exact_rank": exact,
         "relative_error": error,
     }
-    (options.out / "fusion.json").write_text(json.dumps(summary, indent=2) + "\n")
+    atomic_write_text(options.out / "fusion.json", json.dumps(summary, indent=2) + "\n")
     for part, shape in result.shapes.items():
         print(f"{part}: rank {shape.rank}, {len(result.adapters[part]) // 2} layers")
     if options.rank is not None:
@@ -103,33 +118,47 @@ def _run(options: argparse.Namespace) -> None:
     print(json.dumps(summary))
 
 
-def _weighted(text: str) -> tuple[Path, float]:
-    path, equals, weight = text.rpartition("=")
-    try:
-        return (Path(path), float(weight)) if equals else (Path(text), 1.0)
-    except ValueError:
-        raise ConfigError(f"{text!r} should look like DIR=WEIGHT, e.g. {path}=0.5") from None
+def _base(paths: list[Path]) -> str:
+    """The one base model that the adapters name, or "unknown".
+
+    Raises:
+        ConfigError: they name several.
+    """
+    from texforce_ray.model.location import base_of
+
+    bases = {base: path for path in paths if (base := base_of(path)) is not None}
+    if len(bases) > 1:
+        found = "; ".join(f"{path} of {base}" for base, path in bases.items())
+        raise ConfigError(
+            f"the adapters belong to different base models: {found}. If these are one model under "
+            "several names, say which with --base NAME"
+        )
+    return next(iter(bases), "unknown")
 
 
 def _merge(model: str, adapter: PolicySnapshot, out: Path) -> None:
     """The base pipeline with the updates added to its weights, as a stock pipeline directory."""
-    import torch
+    from safetensors import SafetensorError
 
     from texforce_ray.model.backbone import load_backbone
-    from texforce_ray.model.fusion import update_of
+    from texforce_ray.model.fusion import merge
 
     backbone = load_backbone(model)
-    with torch.no_grad():
-        for part, module in backbone.parts().items():
-            for name, update in update_of(adapter, part).items():
-                weight = module.get_submodule(name).get_parameter("weight")
-                if weight.shape != update.shape:
-                    raise ConfigError(
-                        f"{part}.{name} is {tuple(weight.shape)} in {model} and {update.shape} in "
-                        "the adapter: they do not belong together"
-                    )
-                weight.add_(torch.from_numpy(update).to(weight))
-    backbone.pipe.save_pretrained(out, safe_serialization=True)
+    modules = backbone.parts()
+    if unknown := adapter.adapters.keys() - modules.keys():
+        raise ConfigError(f"--merge: {model} has no {', '.join(sorted(unknown))}")
+    for part in adapter.adapters:
+        merge(adapter, part, modules[part], "the sum", model)
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        backbone.pipe.save_pretrained(partial, safe_serialization=True)
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"--merge: cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _sweep(
@@ -144,8 +173,6 @@ def _sweep(
     from texforce_ray.model.fusion import fuse
     from texforce_ray.records.images import grid, save_png
 
-    if len(adapters) > 2:
-        raise ConfigError(f"--sweep: draws blends of one or two adapters, not of {len(adapters)}")
     backbone = load_backbone(options.model or base)
     sampler = Sampler(backbone, steps=options.steps, eta=1.0, guidance_scale=options.guidance)
     factors = np.linspace(0.0, 1.0, options.sweep)

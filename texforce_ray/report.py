@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from texforce_ray.errors import TexForceError
+from texforce_ray.paths import local_path
 
 
 def parser() -> argparse.ArgumentParser:
@@ -15,9 +16,11 @@ def parser() -> argparse.ArgumentParser:
         description="One self-contained HTML page: of a run (also while it runs), or of several, "
         "with their curves over each other and their images at matched reward.",
     )
-    commands.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
+    commands.add_argument("runs", nargs="+", type=local_path, metavar="RUN", help="run directories")
     commands.add_argument(
-        "--out", type=Path, help="file to write (default: RUN/report.html, or ./comparison.html)"
+        "--out",
+        type=local_path,
+        help="file to write (default: RUN/report.html, or ./comparison.html)",
     )
     return commands
 

@@ -7,9 +7,10 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from texforce_ray.errors import Interrupted, TexForceError
+from texforce_ray.paths import local_path
 
 if TYPE_CHECKING:
     from texforce_ray.config import Config
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 finished; 1 error; 2 wrong command line; 130 stopped by SIGINT or "
         "SIGTERM with a checkpoint left behind.",
     )
-    commands.add_argument("--config", type=Path, help="YAML file, e.g. configs/shapes.yaml")
+    commands.add_argument("--config", type=local_path, help="YAML file, e.g. configs/shapes.yaml")
     commands.add_argument(
         "--resume",
         metavar="RUN_DIR",
@@ -77,11 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.profile and "=" in options.profile:  # --profile alone, then an override
         options.overrides.insert(0, options.profile)
         options.profile = "1"
-    if options.profile:
-        options.overrides.append(f"profile=[{options.profile}]")
     try:
+        plain = _profiled(options.profile)
         resume = _resumed(options.config, options.resume, options.overrides)
-        config = _configure(options.config, resume, options.overrides)
+        config = _configure(options.config, resume, options.overrides, plain)
         if options.fit:
             config = _fit(config)
         if options.dry_run:
@@ -101,6 +101,20 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_ERROR
     _print_result(result)
     return 0
+
+
+def _profiled(text: str | None) -> dict[str, Any]:
+    """The config's key for `--profile 1,2`."""
+    from texforce_ray.errors import ConfigError
+
+    if not text:
+        return {}
+    try:
+        return {"profile": [int(part) for part in text.split(",")]}
+    except ValueError:
+        raise ConfigError(
+            f"--profile: {text!r} should be iterations, counted from 0, such as 1,2"
+        ) from None
 
 
 def _resumed(file: Path | None, resume: str | None, overrides: list[str]) -> Path | None:
@@ -128,16 +142,20 @@ def _resumed(file: Path | None, resume: str | None, overrides: list[str]) -> Pat
     return path if (path / "config.yaml").is_file() else None
 
 
-def _configure(file: Path | None, resume: Path | None, overrides: list[str]) -> Config:
+def _configure(
+    file: Path | None, resume: Path | None, overrides: list[str], plain: dict[str, Any]
+) -> Config:
     from texforce_ray.config_io import load_config
+    from texforce_ray.paths import check_local
     from texforce_ray.records.run_directory import check_same, read_config
 
     if resume is None:
-        return load_config(file, overrides)
-    if file is None:
-        return read_config(resume, overrides)
+        return load_config(file, overrides, plain=plain)
+    check_local(resume, "--resume")
     stored = read_config(resume)
-    now = load_config(file, [*overrides, f"run_dir={resume.absolute()}"]).sized_like(stored)
+    plain = plain | {"run_dir": str(resume.absolute())}
+    config_file = resume / "config.yaml" if file is None else file
+    now = load_config(config_file, overrides, plain=plain).sized_like(stored)
     check_same(stored, now, resume)
     return now
 

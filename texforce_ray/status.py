@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from texforce_ray.errors import ResourceError, RunDirectoryError, TexForceError
+from texforce_ray.paths import check_local
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -65,6 +66,7 @@ class Source:
         self._run, self._client = run, None
         if not Path(run).is_dir():
             if "/" in run:
+                check_local(run, "RUN_OR_JOB")
                 raise RunDirectoryError(f"{run} is not a run: there is no such directory")
             self._client = _job_client(address)
 

@@ -14,8 +14,9 @@ NAME = PACKAGE.name
 # Lowest first. A module may import those of its own row and of the rows above it here.
 LAYERS = [
     ["errors", "signals", "watch"],
+    ["paths"],
     ["randomness"],
-    ["config", "config_help", "config_io"],
+    ["config", "config_help", "overrides", "config_io", "trust"],
     ["shapes"],
     ["rewards", "prompts", "model.snapshot", "model.location", "records"],
     ["diffusion", "model"],

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import logging
+import sys
 from collections import Counter
 from collections.abc import Callable
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,8 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from texforce_ray import randomness
 from texforce_ray.config import PromptSource
-from texforce_ray.errors import PromptError
+from texforce_ray.errors import ConfigError, PromptError
 from texforce_ray.prompts import Prompt, load_prompts, prompts_of_iteration
 from texforce_ray.prompts.sets import BUILT_IN
 from texforce_ray.shapes.scene import parse
@@ -53,6 +59,56 @@ def _parquet(path: Path) -> None:
     pq.write_table(pa.table({"prompt": [*TEXTS, None, ""]}), path)
 
 
+def _tsv(path: Path) -> None:
+    quoted = ['"' + text.replace('"', '""') + '"' for text in TEXTS]
+    rows = [f"{i}\t{text}" for i, text in enumerate(quoted)]
+    path.write_text("\n".join(["id\tprompt", *rows]), encoding="utf-8")
+
+
+def _utf16(path: Path) -> None:
+    path.write_bytes("\r\n".join(TEXTS).encode("utf-16"))
+
+
+def _json_columns(path: Path) -> None:
+    columns = {"prompt": {str(i): text for i, text in enumerate(TEXTS)}}
+    path.write_text(json.dumps(columns), encoding="utf-8")
+
+
+def _json_under_a_key(path: Path) -> None:
+    rows = [{"prompt": text} for text in TEXTS]
+    path.write_text(json.dumps({"version": "1", "data": rows}), encoding="utf-8")
+
+
+def _json_by_id(path: Path) -> None:
+    rows = {f"00{i}": {"prompt": text} for i, text in enumerate(TEXTS)}
+    path.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def _json_texts_by_id(path: Path) -> None:
+    path.write_text(json.dumps({f"00{i}": text for i, text in enumerate(TEXTS)}), encoding="utf-8")
+
+
+def _json_split(path: Path) -> None:
+    rows = [[i, text] for i, text in enumerate(TEXTS)]
+    table = {"columns": ["id", "prompt"], "index": [0, 1, 2], "data": rows}
+    path.write_text(json.dumps(table), encoding="utf-8")
+
+
+def _packed(write: Callable[[Path], None]) -> Callable[[Path], None]:
+    def packed(path: Path) -> None:
+        write(path)
+        path.write_bytes(gzip.compress(path.read_bytes()))
+
+    return packed
+
+
+def _captions(path: Path) -> None:
+    """As image captions are published: several of each image, of which the first one is taken."""
+    rows: list[dict] = [{"prompt": [text, "another"]} for text in TEXTS]
+    rows += [{"prompt": []}, {"prompt": None}]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("ending", "write"),
     [
@@ -63,6 +119,18 @@ def _parquet(path: Path) -> None:
         (".csv", _csv),
         (".CSV", _csv),
         (".parquet", _parquet),
+        (".tsv", _tsv),
+        (".txt", _utf16),
+        (".json", _jsonl),
+        (".json", _json_columns),
+        (".json", _json_under_a_key),
+        (".json", _json_by_id),
+        (".json", _json_texts_by_id),
+        (".json", _json_split),
+        (".csv.gz", _packed(_csv)),
+        (".jsonl.gz", _packed(_jsonl)),
+        (".txt.gz", _packed(_txt)),
+        (".jsonl", _captions),
     ],
 )
 def test_every_format_holds_the_same_prompts(
@@ -95,16 +163,41 @@ def test_other_fields_become_metadata(tmp_path: Path) -> None:
         ("a.txt", b"\n  \n", "holds no prompts"),
         ("a.txt", b"\xff\xfe\x00", "cannot be read"),
         ("a.json", b"", "cannot be read"),
-        ("a.json", b'{"prompt": "x"}', "a list of texts or objects"),
-        ("a.json", b"[1, 2]", "entry 0: int is neither"),
+        ("a.json", b'{"prompt": " "}', "no prompts"),
+        ("a.json", b"[1, 2]", "entry 0: 1 (int) is not a text"),
         ("a.json", b"[]", "holds no prompts"),
         ("a.jsonl", b'"a"\n{"prompt": ', "cannot be read"),
-        ("a.jsonl", b'"a"\n{"text": "b"}', "entry 1: no field 'prompt', only text"),
+        ("a.jsonl", b'"a"\n{"text": "b"}', "line 2: no field 'prompt', only text"),
         ("a.csv", b"id,text\n1,a cat\n", "no field 'prompt', only id, text; set 'column'"),
         ("a.csv", b"prompt\n", "holds no prompts"),
         ("a.csv", b"", "holds no prompts"),
         ("a.parquet", b"not parquet", "cannot be read"),
         ("a.parquet", b"", "cannot be read"),
+        ("a.csv", b"prompt\na fox, in snow\n", "line 2 has 2 cells and the header 1 (prompt)"),
+        ("a.csv", b"prompt,n\na\na fox, in snow,1\n", "line 3 has 3 cells and the header 2"),
+        ("a.csv", b"n,prompt\n1,a cat\n2\n", "line 3 has 1 of 2 cells and none for 'prompt'"),
+        ("a.csv", b'prompt,n\na,1\n"b,2\nc,3\nd,4\n', "line 3: unexpected end of data"),
+        ("a.csv", b'prompt,n\n"b,2\nc,"3"\nd,4\n', "line 2: ',' expected after"),
+        ("a.csv", b"prompt,n,prompt\na,1,b\n", "two columns are named 'prompt'"),
+        ("a.tsv", b"prompt\tn\na\tb\t1\n", "line 2 has 3 cells"),
+        ("a.csv", "prompt\ncaf\u00e9\n".encode("latin-1"), "line 2 is not UTF-8 (byte 0xe9)"),
+        ("a.txt", "a red fox".encode("utf-16-le"), "looks like UTF-16"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": NaN}', "line 2, field 'prompt': nan (float)"),
+        ("a.jsonl", b'{"prompt": 1}', "line 1, field 'prompt': 1 (int) is not a text"),
+        ("a.jsonl", b'{"prompt": true}', "True (bool) is not a text"),
+        ("a.jsonl", b'{"prompt": ["a", 1]}', "['a', 1] (list) is not a text"),
+        (
+            "a.jsonl",
+            b'{"prompt": [{"role": "user", "content": "a"}]}',
+            "is not a text but a chat's messages",
+        ),
+        ("a.jsonl", b'{"prompt": {"en": "a"}}', "is not a text but an object"),
+        ("a.jsonl", b'{"prompt": "a", "x": "\\ud800"}', "line 1, field 'x': not valid text"),
+        ("a.json", b'"a"\n"b', "line 2: "),
+        ("a.json", b'{"train": ["a"], "test": ["b"]}', "several lists (train, test)"),
+        ("a.json", b'{"caption": "a", "by": "b"}', "no 'prompt' among its keys caption, by"),
+        ("a.json", b'{"prompt": ["a", "b"], "n": [1]}', "'prompt' has 2, 'n' 1"),
+        ("a.csv.gz", b"prompt", "cannot be read: Not a gzipped file"),
         ("a.xlsx", b"a", "ending '.xlsx' is unknown; one of .txt, .json"),
         ("a", b"a", "ending '' is unknown"),
     ],
@@ -121,8 +214,8 @@ def test_bad_file_is_named_with_what_is_wrong(
 
 
 def test_missing_file_and_directory_are_named(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(PromptError, match="does not exist") as caught:
+    for path, problem in ((tmp_path / "none.txt", "does not exist"), (tmp_path, "no .parquet")):
+        with pytest.raises(PromptError, match=problem) as caught:
             _load(path)
         assert str(path) in str(caught.value)
 
@@ -130,6 +223,118 @@ def test_missing_file_and_directory_are_named(tmp_path: Path) -> None:
 def test_unknown_set_lists_the_known() -> None:
     with pytest.raises(PromptError, match=r"'shape'.*shapes-unseen.*faces"):
         load_prompts(PromptSource(set="shape", path=None))
+
+
+def test_metadata_are_plain_data_that_any_service_takes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "p.parquet"
+    row = {
+        "prompt": "a cat",
+        "timestamp": datetime(2022, 8, 1, 12, tzinfo=UTC),
+        "day": date(2022, 8, 1),
+        "nsfw": Decimal("0.10"),
+        "missing": float("nan"),
+        "tags": [{"score": Decimal("1.5")}],
+        "jpg": b"\xff\xd8",
+        "images": [{"bytes": b"\xff\xd8", "path": "x.jpg"}],
+    }
+    table = pa.Table.from_pylist([row])
+    nanoseconds = pa.array([1_659_355_200_000_000_123], pa.timestamp("ns"))
+    pq.write_table(table.append_column("exact", nanoseconds), path)
+    with caplog.at_level(logging.WARNING):
+        metadata = _load(path)[0].metadata
+    assert json.loads(json.dumps(metadata, allow_nan=False)) == {
+        "timestamp": "2022-08-01T12:00:00+00:00",
+        "day": "2022-08-01",
+        "nsfw": 0.1,
+        "missing": None,
+        "tags": [{"score": 1.5}],
+        "exact": "2022-08-01T12:00:00",
+    }
+    assert "columns of bytes are left out, rewards do not get them: jpg, images" in caplog.text
+
+
+def test_ids_of_an_object_stay_with_its_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_text('{"a1": {"prompt": "x", "n": 1}, "a2": {"prompt": "y", "id": 7}}')
+    assert _load(path) == [Prompt("x", {"id": "a1", "n": 1}), Prompt("y", {"id": 7})]
+
+
+def test_text_that_a_parquet_file_stores_as_bytes_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"prompt": [text.encode() for text in TEXTS]}), path)
+    assert [prompt.text for prompt in _load(path)] == TEXTS
+
+
+def test_a_prompt_that_swallowed_rows_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text('prompt,size\n"a circle,1\na square,2\na sign of 5",3\n')
+    assert len(_load(path)) == 1
+    assert "spans lines 2-4; is a quote missing?" in caplog.text
+
+
+def test_parquet_files_of_a_folder_are_one_set_and_splits_are_not_mixed(tmp_path: Path) -> None:
+    folder = tmp_path / "a=b"
+    folder.mkdir()
+    for name, texts in (
+        ("train-00000-of-00002", ["a"]),
+        ("train-00001-of-00002", ["b"]),
+        ("test-00000-of-00001", ["c"]),
+    ):
+        pq.write_table(pa.table({"prompt": texts}), folder / f"{name}.parquet")
+
+    def texts_of(split: str | None) -> list[str]:
+        source = PromptSource(set=None, path=str(folder), split=split)
+        return [prompt.text for prompt in load_prompts(source)]
+
+    assert texts_of("train") == ["a", "b"]
+    assert texts_of("test") == ["c"]
+    with pytest.raises(PromptError, match="several splits; set 'split' to one of test, train"):
+        texts_of(None)
+    with pytest.raises(PromptError, match="no split 'dev'"):
+        texts_of("dev")
+
+
+def test_a_data_set_of_hugging_face_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"caption": text, "image": b"\xff", "when": date(2022, 8, 1)} for text in TEXTS]
+    parts = datasets.DatasetDict(
+        {
+            "train": datasets.Dataset.from_list(rows).select([2, 0]),
+            "test": datasets.Dataset.from_list(rows[1:2]),
+        }
+    )
+    saved, plain = tmp_path / "saved", tmp_path / "plain"
+    parts.save_to_disk(saved)
+    plain.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), plain / "data.parquet")
+
+    def load(**keys: str) -> list[Prompt]:
+        return load_prompts(PromptSource(set=None, column="caption", **keys))  # type: ignore[arg-type]
+
+    expected = [Prompt(text, {"when": "2022-08-01"}) for text in TEXTS]
+    assert load(dataset=str(saved), split="train") == [expected[2], expected[0]]
+    assert load(path=str(saved), split="test") == [expected[1]]
+    assert load(dataset=str(plain)) == expected
+    with pytest.raises(PromptError, match="several splits; set 'split' to one of train, test"):
+        load(dataset=str(saved))
+    with pytest.raises(PromptError, match=r"prompts\.dataset: '/no/such' cannot be loaded"):
+        load(dataset="/no/such")
+
+
+def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(PromptError, match=r"'x/y' needs.*pip install 'texforce-ray\[datasets\]'"):
+        load_prompts(PromptSource(set=None, dataset="x/y"))
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/p.csv", "gs://b/p.txt", "https://host/p.json"])
+def test_a_uri_is_refused_with_what_to_do(uri: str) -> None:
+    with pytest.raises(ConfigError, match=rf"prompts\.path: '{uri}' is a URI.*mount the storage"):
+        load_prompts(PromptSource(set=None, path=uri))
 
 
 # ---- which prompts an iteration uses -------------------------------------------------------
@@ -153,6 +358,18 @@ def test_every_prompt_comes_once_in_each_epoch(available: int, count: int, seed:
     for epoch in range(epochs):
         part = stream[epoch * available : (epoch + 1) * available]
         assert Counter(part) == Counter(str(i) for i in range(available))
+
+
+def test_an_epochs_order_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    generator = randomness.generator
+    monkeypatch.setattr(randomness, "generator", lambda *key: drawn.append(key) or generator(*key))
+    prompts = [Prompt(str(i)) for i in range(10)]
+    seed = 987_654_321  # of no other test
+    stream = [p for i in range(5) for p in prompts_of_iteration(prompts, seed, i, 4)]
+    assert len(drawn) == 2
+    orders = [generator(seed, randomness.PROMPTS, epoch).permutation(10) for epoch in range(2)]
+    assert stream == [prompts[place] for order in orders for place in order]
 
 
 def test_choice_is_a_pure_function_of_its_arguments() -> None:

@@ -16,6 +16,7 @@ from texforce_ray.experiments.page import write_page
 from texforce_ray.experiments.results import keep, seeds_of
 from texforce_ray.experiments.shapes import EXPERIMENTS
 from texforce_ray.experiments.stages import Stage
+from texforce_ray.paths import local_path
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         "--only", nargs="+", choices=list(EXPERIMENTS), help="some of the experiments"
     )
     commands.add_argument(
-        "--out", type=Path, default=Path("runs/paper-shapes"), help="where the runs go"
+        "--out", type=local_path, default=Path("runs/paper-shapes"), help="where the runs go"
     )
     commands.add_argument(
         "--results",

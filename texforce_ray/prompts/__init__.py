@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,18 @@ from texforce_ray.prompts.sets import BUILT_IN
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's text and whatever else its record holds; rewards see both."""
+    """A prompt's text and what else its record holds, as plain JSON data; rewards see both."""
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
 def load_prompts(source: PromptSource) -> list[Prompt]:
-    """All prompts of a set or file, in its order.
+    """All prompts of a set, file, folder or data set, in its order.
 
     Raises:
-        PromptError: unknown set; missing, unreadable or empty file; no such column.
+        PromptError: unknown set; missing, unreadable or empty file; no such column; what is no
+            text.
     """
     if source.set is not None:
         if source.set not in BUILT_IN:
@@ -36,12 +38,12 @@ def load_prompts(source: PromptSource) -> list[Prompt]:
             )
         prompts = [Prompt(text) for text in BUILT_IN[source.set]()]
     else:
-        records = read_records(str(source.path), source.column)
-        prompts = [Prompt(text, metadata) for text, metadata in records]
+        prompts = [Prompt(text, metadata) for text, metadata in read_records(source)]
     kept = [prompt for prompt in prompts if _wanted(prompt.text, source)]
     if not kept:
+        name = source.set or source.path or source.dataset
         raise PromptError(
-            f"none of the {len(prompts)} prompts of {source.set or source.path} is left after "
+            f"none of the {len(prompts)} prompts of {name} is left after "
             f"min_words={source.min_words}, max_words={source.max_words}, part={source.part}"
         )
     return kept[: source.limit]
@@ -69,5 +71,6 @@ def prompts_of_iteration(
     return chosen
 
 
+@lru_cache(maxsize=4)  # as many epochs as an iteration and its evaluation touch, mostly
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return randomness.generator(seed, randomness.PROMPTS, epoch).permutation(count)
