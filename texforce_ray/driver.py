@@ -213,7 +213,9 @@ async def _finish(run: _Run, policy: Policy) -> dict[str, dict[str, float]]:
         tuned = await evaluate(crew, run.eval_prompts, count, policy.evaluated)
         comparison = compare([reward.key for reward in config.rewards], base, tuned)
         results = base, tuned
-    run.recorder.finish(await crew.export(policy.evaluated), comparison, results)
+    (snapshot,) = await crew.fetch(policy.evaluated)
+    files = await crew.export(policy.evaluated)
+    run.recorder.finish(files, snapshot.shapes, comparison, results)
     return comparison
 
 

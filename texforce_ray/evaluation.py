@@ -117,7 +117,7 @@ async def evaluate(
     mask = ~np.isnan(rewards).any(axis=1)
     # As they are, without normalisation: totals of different policies must be comparable.
     components = [Component(r.weight, "none", r.min, r.floor) for r in config.rewards]
-    total = combine(rewards, mask, components, relative_floor=False)
+    total = combine(rewards, mask, components, never_raise=True)
     return Evaluation(
         prompts=tuple(p.text for p in chosen),
         seeds=seeds,
@@ -138,7 +138,7 @@ def paired_difference(
     """
     known = ~(np.isnan(base) | np.isnan(tuned))
     base, tuned = base[known], tuned[known]
-    texts = None if prompts is None else [prompts[i] for i in np.flatnonzero(known)]
+    texts = None if prompts is None else [prompts[i] for i in np.flatnonzero(known).tolist()]
     if not len(base):
         nothing = float("nan")
         keys = ("base", "tuned", "difference", "low", "high", "win_rate")

@@ -17,6 +17,7 @@ from texforce_ray.actors.crew import Crew
 from texforce_ray.collect import ScoredBatch, TrainingBatch
 from texforce_ray.config import Config
 from texforce_ray.evaluation import Evaluation
+from texforce_ray.model.snapshot import LoraShape
 from texforce_ray.policy import Policy
 from texforce_ray.profiling import write_profile
 from texforce_ray.records.checkpoint import (
@@ -27,7 +28,7 @@ from texforce_ray.records.checkpoint import (
     save_checkpoint,
 )
 from texforce_ray.records.metrics import read_metrics
-from texforce_ray.records.model_card import ModelCardInfo
+from texforce_ray.records.model_card import card_info
 from texforce_ray.records.rescaled import last_change, reward_weights
 from texforce_ray.records.run_directory import RunDirectory, write_evaluation
 from texforce_ray.rl.baseline import Baseline
@@ -238,37 +239,15 @@ class Recorder:
     def finish(
         self,
         adapter: Mapping[str, bytes],
+        shapes: Mapping[str, LoraShape],
         comparison: Mapping[str, Mapping[str, float]],
         results: tuple[Evaluation, Evaluation] | None,
     ) -> None:
         """Final adapter with its card, the comparison of base and tuned, and the report."""
-        config = self.config
         scores = {name: dict(values) for name, values in comparison.items()}
         self.directory.write_adapter(
             adapter,
-            ModelCardInfo(
-                base_model=config.model.path,
-                parts=("text_encoder",) if config.lora.text_encoder else (),
-                rank=config.lora.rank,
-                alpha=config.lora.alpha,
-                rewards=tuple((reward.key, reward.weight) for reward in config.rewards),
-                iterations=config.iterations,
-                samples=config.iterations * config.samples_per_iteration,
-                settings={
-                    "denoising steps": config.diffusion.steps,
-                    "guidance scale": config.diffusion.guidance_scale,
-                    "eta": config.diffusion.eta,
-                    "learning rate": config.optimizer.lr,
-                    "clip range": config.ppo.clip_range,
-                    "advantage": config.advantage.mode,
-                    "seed": config.seed,
-                },
-                scores=scores,
-                has_unet=config.lora.unet is not None,
-                evaluated_on="prompts of their own, with seeds never trained on"
-                if config.eval.prompts
-                else "the training prompts, with seeds never trained on",
-            ),
+            card_info(self.config, shapes, scores, tuple(adapter)),
         )
         if results is not None:
             base, tuned = results

@@ -5,18 +5,19 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from texforce_ray.records.model_card import ModelCardInfo, model_card
+from texforce_ray.config_io import make_config
+from texforce_ray.model.snapshot import LoraShape
+from texforce_ray.records.model_card import BaseModel, ModelCardInfo, card_info, model_card
 
 INFO = ModelCardInfo(
-    base_model="stable-diffusion-v1-5/stable-diffusion-v1-5",
-    parts=("text_encoder",),
-    rank=16,
-    alpha=16.0,
+    base=BaseModel("stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    shapes={"text_encoder": LoraShape(16, 16.0, ("q_proj",))},
     rewards=(("image_reward", 1.0), ("jpeg|size", -0.5)),
     iterations=40,
     samples=20480,
@@ -31,7 +32,7 @@ INFO = ModelCardInfo(
             "images": 256,
         }
     },
-    has_unet=False,
+    files=("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"),
 )
 
 
@@ -46,14 +47,14 @@ def _snippets(card: str) -> list[str]:
 def test_front_matter_is_what_the_hub_expects() -> None:
     front = _front(model_card(INFO))
     assert front["library_name"] == "peft"
-    assert front["base_model"] == INFO.base_model
+    assert front["base_model"] == INFO.base.path
     assert {"text-to-image", "stable-diffusion", "lora", "texforce"} <= set(front["tags"])
 
 
 @pytest.mark.parametrize("path", ["/data/sd 15", "./sd15", 'C:\\models\\"x"'])
 def test_local_base_model_is_kept_out_of_the_front_matter(path: str) -> None:
     # The hub rejects a push whose base_model is a path.
-    card = model_card(replace(INFO, base_model=path))
+    card = model_card(replace(INFO, base=BaseModel(path)))
     assert "base_model" not in _front(card)
     assert all(path in ast.literal_eval(_argument(code)) for code in _snippets(card))
 
@@ -73,13 +74,40 @@ def test_both_loaders_are_shown_as_valid_python() -> None:
     assert "unet" not in peft
 
 
-def test_several_parts_are_each_loaded_from_their_folder() -> None:
-    info = replace(INFO, parts=("text_encoder", "text_encoder_2"), has_unet=True)
-    peft = _snippets(model_card(info))[1]
-    for part in ("text_encoder", "text_encoder_2", "unet"):
-        assert f'PeftModel.from_pretrained(pipe.{part}, adapter, subfolder="{part}")' in peft
-    listed = replace(info, parts=(*info.parts, "unet"))
-    assert model_card(listed) == model_card(info)
+def test_every_part_has_its_own_rank_and_alpha() -> None:
+    shapes = {"text_encoder": LoraShape(16, 8.0, ("q",)), "unet": LoraShape(4, 2.5, ("to_q",))}
+    card = model_card(replace(INFO, shapes=shapes))
+    assert "| LoRA of text\\_encoder | rank 16, alpha 8 |" in card
+    assert "| LoRA of unet | rank 4, alpha 2.5 |" in card
+    alone = model_card(replace(INFO, shapes={"unet": shapes["unet"]}))
+    assert "rank 16" not in alone
+    assert "on `unet`, trained" in alone
+
+
+def test_what_else_the_base_is_made_of_is_loaded_too(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").touch()
+    base = BaseModel("a/b", "abc", "fp16", str(tmp_path), ("c/lora",))
+    card = model_card(replace(INFO, base=base))
+    for code in _snippets(card):
+        assert f'from_pretrained("{tmp_path}", subfolder="unet")' in code
+        assert 'from_pretrained("a/b", revision="abc", variant="fp16", unet=unet)' in code
+    assert "merged into the U-Net: c/lora" in card
+
+
+def test_direct_backpropagation_is_not_called_reinforcement_learning() -> None:
+    config = make_config({"direct": {"method": "draft"}, "rewards": [{"name": "shapes_scorer"}]})
+    card = model_card(card_info(config, INFO.shapes, {}, INFO.files))
+    assert "by DRaFT" in card
+    assert "PPO" not in card
+    assert "clip range" not in card
+
+
+def test_the_files_that_are_there_are_listed_with_their_readers() -> None:
+    card = model_card(replace(INFO, files=(*INFO.files[:2], "kohya.safetensors")))
+    assert "| `kohya.safetensors` | ComfyUI" in card
+    assert "| `adapter_config.json` | PEFT" in card
+    assert "pytorch_lora" not in card
 
 
 def test_tables_keep_their_columns_whatever_the_values() -> None:

@@ -7,9 +7,31 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-_TAGS = ("text-to-image", "stable-diffusion", "lora", "texforce", "reinforcement-learning")
+from texforce_ray.config import Config
+from texforce_ray.model.snapshot import TEXT_ENCODERS, LoraShape
+
+_TAGS = ("text-to-image", "lora", "texforce", "reinforcement-learning")
+# What reads each file of an export; oldest versions that it was tried with.
+_FILES = (
+    ("pytorch_lora_weights.safetensors", "diffusers 0.30 or newer: `pipe.load_lora_weights`"),
+    ("adapter_config.json", "PEFT 0.13 or newer: `PeftModel.from_pretrained`"),
+    ("adapter_model.safetensors", "the same; its weights"),
+    ("kohya.safetensors", "ComfyUI, A1111 and others that read kohya's form of a LoRA"),
+)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The pipeline that an adapter belongs to, as `model` of the run's config names it."""
+
+    path: str
+    revision: str | None = None
+    variant: str | None = None
+    unet: str | None = None
+    unet_adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -17,93 +39,165 @@ class ModelCardInfo:
     """What a reader of the card wants to know.
 
     Attributes:
-        base_model: hub id or path of the pipeline that the adapter belongs to.
-        parts: adapted components in the pipeline's names, e.g. `("text_encoder",)`.
-        rank: LoRA rank.
-        alpha: LoRA alpha.
+        base: the pipeline that the adapter belongs to.
+        shapes: rank, alpha and layers of each adapted component, by the pipeline's names.
         rewards: name and weight of each reward.
-        iterations: PPO iterations trained.
+        iterations: iterations trained.
         samples: images sampled in all.
         settings: further settings to list.
         scores: per reward "base", "tuned", "difference", "low", "high", "images"; may be empty.
-        has_unet: whether the adapter changes the U-Net too.
+        files: names of the exported files, those in a component's folder with it.
+        method: how it was trained: "PPO", or a method of direct backpropagation.
         evaluated_on: which prompts and seeds gave the scores.
     """
 
-    base_model: str
-    parts: tuple[str, ...]
-    rank: int
-    alpha: float
+    base: BaseModel
+    shapes: Mapping[str, LoraShape]
     rewards: tuple[tuple[str, float], ...]
     iterations: int
     samples: int
     settings: Mapping[str, object]
     scores: Mapping[str, Mapping[str, Any]]
-    has_unet: bool
+    files: tuple[str, ...]
+    method: str = "PPO"
     evaluated_on: str = "held-out prompts"
 
-    @property
-    def components(self) -> tuple[str, ...]:
-        """The adapted components, the U-Net among them if there is one."""
-        return self.parts + (("unet",) if self.has_unet and "unet" not in self.parts else ())
+
+def card_info(
+    config: Config,
+    shapes: Mapping[str, LoraShape],
+    scores: Mapping[str, Mapping[str, Any]],
+    files: tuple[str, ...],
+) -> ModelCardInfo:
+    """What the card of a run's adapter says; `files`: names of those that were exported."""
+    m, unet = config.model, config.lora.unet
+    settings: dict[str, object] = {
+        "denoising steps": config.diffusion.steps,
+        "guidance scale": config.diffusion.guidance_scale,
+        "eta": config.diffusion.eta,
+        "learning rate": config.optimizer.lr,
+    }
+    if unet is not None and unet.lr is not None:
+        settings["learning rate of the U-Net"] = unet.lr
+    if config.direct is None:
+        settings |= {"clip range": config.ppo.clip_range, "advantage": config.advantage.mode}
+    names = {"refl": "ReFL", "draft": "DRaFT", "alignprop": "AlignProp"}
+    return ModelCardInfo(
+        base=BaseModel(m.path, m.revision, m.variant, m.unet, m.unet_adapters),
+        shapes=shapes,
+        rewards=tuple((reward.key, reward.weight) for reward in config.rewards),
+        iterations=config.iterations,
+        samples=config.iterations * config.samples_per_iteration,
+        settings={**settings, "seed": config.seed},
+        scores=scores,
+        files=files,
+        method="PPO" if config.direct is None else names[config.direct.method],
+        evaluated_on="prompts of their own, with seeds never trained on"
+        if config.eval.prompts
+        else "the training prompts, with seeds never trained on",
+    )
 
 
 def model_card(info: ModelCardInfo) -> str:
     """Return the card as Markdown with YAML front matter, as the Hugging Face hub reads it."""
-    sections = (_front_matter(info), _summary(info), _usage(info), _training(info), _scores(info))
+    sections = (
+        _front_matter(info),
+        _summary(info),
+        _usage(info),
+        _listed_files(info),
+        _training(info),
+        _scores(info),
+    )
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
 def _front_matter(info: ModelCardInfo) -> str:
     lines = ["---", "library_name: peft", "pipeline_tag: text-to-image"]
     # The hub refuses a card whose base_model is a path; the text below names it anyway.
-    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", info.base_model):
-        lines.append(f"base_model: {json.dumps(info.base_model)}")  # JSON strings are YAML
-    lines += ["tags:", *(f"- {tag}" for tag in _TAGS), "---"]
+    if info.base.path != "embedded" and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", info.base.path):
+        lines.append(f"base_model: {json.dumps(info.base.path)}")  # JSON strings are YAML
+    xl = TEXT_ENCODERS[1] in info.shapes
+    tags = (*_TAGS, "stable-diffusion-xl" if xl else "stable-diffusion")
+    lines += ["tags:", *(f"- {tag}" for tag in tags), "---"]
     return "\n".join(lines)
 
 
 def _summary(info: ModelCardInfo) -> str:
     named = ", ".join(f"`{name}`" for name, _ in info.rewards) or "no reward"
-    parts = " and ".join(f"`{part}`" for part in info.components)
-    return (
-        f"# TexForce adapter for {_inline(info.base_model)}\n\n"
-        f"A LoRA adapter on {parts}, trained by reinforcement learning "
-        f"([TexForce](https://arxiv.org/abs/2311.15657), PPO) on {named}. "
+    parts = " and ".join(f"`{part}`" for part in info.shapes)
+    how = "by reinforcement learning (PPO)" if info.method == "PPO" else f"by {info.method}"
+    text = (
+        f"# TexForce adapter for {_inline(info.base.path)}\n\n"
+        f"A LoRA adapter on {parts}, trained {how} on {named} with "
+        "[TexForce](https://arxiv.org/abs/2311.15657)'s code. "
         "The weights of the base model are unchanged."
     )
+    if info.base.unet_adapters:
+        merged = ", ".join(_inline(path) for path in info.base.unet_adapters)
+        text += (
+            f" It was trained with these LoRAs merged into the U-Net: {merged}. Merge them first "
+            "to see the images that it was trained on; the code below does not."
+        )
+    return text
 
 
 def _usage(info: ModelCardInfo) -> str:
-    several = len(info.components) > 1
-    attach = [
-        f"pipe.{part} = PeftModel.from_pretrained(pipe.{part}, adapter"
-        + (f', subfolder="{part}")' if several else ")")
-        for part in info.components
-    ]
-    base = json.dumps(info.base_model)
-    opening = (
-        f"pipe = DiffusionPipeline.from_pretrained({base})",
-        'adapter = "."  # the directory of this file',
-    )
-    diffusers = ("from diffusers import DiffusionPipeline", "", *opening)
-    peft = ("from diffusers import DiffusionPipeline", "from peft import PeftModel", "", *opening)
+    attach = []
+    for part in info.shapes:
+        inside = any(name.startswith(f"{part}/") for name in info.files)
+        folder = f', subfolder="{part}"' if inside else ""
+        attach.append(f"pipe.{part} = PeftModel.from_pretrained(pipe.{part}, adapter{folder})")
+    imports, opening = _opening(info.base)
+    opening = [*opening, 'adapter = "."  # the directory of this file']
     draw = 'image = pipe("a photo of a cat").images[0]'
+    load = "pipe.load_lora_weights(adapter)"
     return "\n\n".join(
         (
             "## Use",
             "With diffusers:",
-            _python(*diffusers, "pipe.load_lora_weights(adapter)", draw),
+            _python(*imports, "", *opening, load, draw),
             "With PEFT, for example to merge or to train on:",
-            _python(*peft, *attach, draw),
+            _python(*imports, "from peft import PeftModel", "", *opening, *attach, draw),
         )
     )
 
 
+def _opening(base: BaseModel) -> tuple[list[str], list[str]]:
+    """Imports, and what loads the pipeline that the adapter was trained on."""
+    imports, lines = ["from diffusers import DiffusionPipeline"], []
+    given = [json.dumps(base.path)]
+    if base.path == "embedded":
+        imports.append("from texforce_ray.model.location import locate_model")
+        given = ['locate_model("embedded")']
+    for name in ("revision", "variant"):
+        if value := getattr(base, name):
+            given.append(f"{name}={json.dumps(value)}")
+    if base.unet is not None:
+        imports[0] += ", UNet2DConditionModel"
+        inside = (Path(base.unet).expanduser() / "unet" / "config.json").is_file()
+        folder = ', subfolder="unet"' if inside else ""
+        lines.append(
+            f"unet = UNet2DConditionModel.from_pretrained({json.dumps(base.unet)}{folder})"
+        )
+        given.append("unet=unet")
+    return imports, [*lines, f"pipe = DiffusionPipeline.from_pretrained({', '.join(given)})"]
+
+
+def _listed_files(info: ModelCardInfo) -> str:
+    lines = ["| File | Read by |", "| --- | --- |"]
+    for name, readers in _FILES:
+        found = [file for file in info.files if file.rpartition("/")[2] == name]
+        if found:
+            lines.append(f"| {', '.join(f'`{file}`' for file in found)} | {readers} |")
+    return "## Files\n\n" + "\n".join(lines) if len(lines) > 2 else ""
+
+
 def _training(info: ModelCardInfo) -> str:
-    rows: list[tuple[str, object]] = [("LoRA rank", info.rank), ("LoRA alpha", info.alpha)]
+    rows: list[tuple[str, object]] = []
+    for part, shape in info.shapes.items():
+        rows.append((f"LoRA of {part}", f"rank {shape.rank}, alpha {shape.alpha:g}"))
     rows += [(f"Weight of reward {name}", weight) for name, weight in info.rewards]
-    rows += [("PPO iterations", info.iterations), ("Images sampled", info.samples)]
+    rows += [("Iterations", info.iterations), ("Images sampled", info.samples)]
     rows += list(info.settings.items())
     lines = ["| Setting | Value |", "| --- | --- |"]
     lines += [f"| {_inline(name)} | {_inline(value)} |" for name, value in rows]
@@ -122,7 +216,11 @@ def _scores(info: ModelCardInfo) -> str:
         interval = f"{_number(score.get('low'))} to {_number(score.get('high'))}"
         cells = (_inline(name), *shown, interval, _number(score.get("images")))
         lines.append(f"| {' | '.join(cells)} |")
-    return f"## Scores\n\nOn {_inline(info.evaluated_on)}.\n\n" + "\n".join(lines)
+    where = (
+        f"On {_inline(info.evaluated_on)}. Intervals draw prompts again, each with all of its "
+        "images, or images where each prompt has one."
+    )
+    return f"## Scores\n\n{where}\n\n" + "\n".join(lines)
 
 
 def _python(*lines: str) -> str:

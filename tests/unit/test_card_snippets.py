@@ -1,0 +1,86 @@
+"""The model card's code is run as it stands, beside an adapter of each kind that runs export."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.test_backbones import _build
+from texforce_ray.config_io import make_config
+from texforce_ray.model.adapter import Adapter
+from texforce_ray.model.adapter_files import export_adapter
+from texforce_ray.model.backbone import load_backbone
+from texforce_ray.records.model_card import card_info, model_card
+from texforce_ray.rl.trainer import adapter_shapes
+
+_DRAW = 'image = pipe("a photo of a cat").images[0]'
+_QUICK = (
+    "import torch\npipe.set_progress_bar_config(disable=True)\n"
+    'image = pipe("a green circle", num_inference_steps=2, output_type="np", '
+    "generator=torch.Generator().manual_seed(0)).images[0]"
+)
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories of miniatures of SD and SDXL."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    with torch.random.fork_rng(devices=[]):
+        for name in ("sd15", "sdxl"):
+            _build(folder / name, name)
+    return {name: folder / name for name in ("sd15", "sdxl")}
+
+
+def _drawn(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """The image that a snippet draws, quicker and at a fixed seed, in the adapter's directory."""
+    assert code.count(_DRAW) == 1
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(code.replace(_DRAW, _QUICK), names)
+    return names["image"]
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "parts"),
+    [
+        ("sd15", {}, ("text_encoder",)),
+        ("sd15", {"text_encoder": False, "unet": {"rank": 3}}, ("unet",)),
+        ("sd15", {"unet": {"rank": 3}}, ("text_encoder", "unet")),
+        ("sdxl", {}, ("text_encoder", "text_encoder_2")),
+        ("sdxl", {"text_encoder": False, "unet": {}}, ("unet",)),
+    ],
+    ids=["text", "unet", "joint", "sdxl text", "sdxl unet"],
+)
+def test_both_snippets_draw_the_policy_s_image(
+    pipelines: dict[str, Path],
+    name: str,
+    lora: dict[str, Any],
+    parts: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = str(pipelines[name])
+    # alpha / rank of 2: a loader that leaves the scale out would be seen.
+    config = make_config({"model": {"path": base}, "lora": {"rank": 2, "alpha": 4.0} | lora})
+    backbone = load_backbone(base)
+    adapter = Adapter(backbone, adapter_shapes(config, backbone), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in adapter.parameters():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    snapshot = adapter.snapshot(1)
+    assert tuple(snapshot.shapes) == parts
+    export_adapter(snapshot, tmp_path, base)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    names = tuple(str(path.relative_to(tmp_path)) for path in files)
+    card = model_card(card_info(config, snapshot.shapes, {}, names))
+    (tmp_path / "README.md").write_text(card)
+    diffusers, peft = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    plain = diffusers.replace("pipe.load_lora_weights(adapter)\n", "")
+    drawn = [_drawn(code, tmp_path, monkeypatch) for code in (plain, diffusers, peft)]
+    assert np.abs(drawn[1] - drawn[0]).max() > 0.02, "the adapter changes the image"
+    np.testing.assert_allclose(drawn[1], drawn[2], atol=1e-3)
