@@ -11,14 +11,19 @@ import numpy as np
 from texforce_ray import randomness
 from texforce_ray.actors.messages import Info, WorkUnit
 from texforce_ray.actors.pool import gather
-from texforce_ray.config import Config
-from texforce_ray.errors import RewardError
+from texforce_ray.config import Config, DType
+from texforce_ray.errors import EffectError, RewardError
+from texforce_ray.model.snapshot import Effect
 from texforce_ray.prompts import Prompt, prompts_of_iteration
 
 if TYPE_CHECKING:
     from ray import ObjectRef
 
     from texforce_ray.actors.crew import Crew
+
+# Two kinds of device, or half precision, measure a small change a little differently.
+_CHANGE_TOLERANCE = 0.1
+_CHANGE_ROUNDING = {"float32": 1e-5, "float16": 5e-4, "bfloat16": 4e-3}
 
 
 @dataclass(frozen=True)
@@ -83,13 +88,18 @@ def plan_units(config: Config, prompts: list[Prompt], iteration: int) -> list[Wo
     ]
 
 
-async def collect(crew: Crew, units: Sequence[WorkUnit], policy: ObjectRef) -> ScoredBatch:
+async def collect(
+    crew: Crew, units: Sequence[WorkUnit], policy: ObjectRef, effect: Effect | None = None
+) -> ScoredBatch:
     """Sample all units under `policy` and score each as soon as its images are there.
+
+    `effect`: what the learner says of that policy, where it is known.
 
     Raises:
         ActorError: a rollout actor failed for good.
+        EffectError: one does not sample with that policy.
     """
-    parts = await gather(*(_sample_and_score(crew, unit, policy) for unit in units))
+    parts = await gather(*(_sample_and_score(crew, unit, policy, effect) for unit in units))
     errors: dict[str, str] = {}
     seconds = {reward.key: 0.0 for reward in crew.config.rewards}
     for part in parts:
@@ -110,9 +120,12 @@ async def collect(crew: Crew, units: Sequence[WorkUnit], policy: ObjectRef) -> S
     )
 
 
-async def _sample_and_score(crew: Crew, unit: WorkUnit, policy: ObjectRef) -> ScoredBatch:
+async def _sample_and_score(
+    crew: Crew, unit: WorkUnit, policy: ObjectRef, effect: Effect | None
+) -> ScoredBatch:
     async def attempt() -> tuple[Any, ...]:
         info, trajectory, images = await crew.sample(unit, [policy])
+        check_effect(info, effect, unit.policy_version, crew.config.model.dtype)
         return info, trajectory, await score(crew, images, unit.prompts, unit.metadata)
 
     async with crew.unscored:
@@ -129,6 +142,31 @@ async def _sample_and_score(crew: Crew, unit: WorkUnit, policy: ObjectRef) -> Sc
         rollouts=(info,),
         reward_seconds=seconds,
     )
+
+
+def check_effect(info: Info, expected: Effect | None, version: int, dtype: DType) -> None:
+    """Refuse samples of an actor that does not hold the published policy.
+
+    Raises:
+        EffectError: naming the actor, what it holds, and what was published.
+    """
+    if expected is None or info.effect is None:
+        return
+    held = info.effect
+    if held.digest != expected.digest:
+        raise EffectError(
+            f"rollout actor ({info.who}) does not hold the adapter of policy version {version}: "
+            f"its weights have digest {held.digest:x}, the learner's {expected.digest:x}"
+        )
+    allowed = _CHANGE_TOLERANCE * expected.change + _CHANGE_ROUNDING[dtype]
+    unbound = not held.change and expected.change
+    if unbound or not abs(held.change - expected.change) <= allowed:
+        raise EffectError(
+            f"rollout actor ({info.who}) holds the adapter of policy version {version}, but it "
+            f"works otherwise there: a probe prompt's embedding changes by {held.change:.3g} of "
+            f"its norm, at the learner by {expected.change:.3g}. Are the adapter's layers those "
+            "that are computed?"
+        )
 
 
 async def sample_again(

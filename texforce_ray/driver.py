@@ -157,8 +157,9 @@ async def _iterate(run: _Run, policy: Policy, baseline: Baseline) -> None:
         for ahead in range(policy.version, furthest + 1):
             if ahead not in under_way:
                 units = plan_units(config, run.prompts, ahead)
-                snapshot = policy.snapshots[units[0].policy_version]
-                under_way[ahead] = asyncio.ensure_future(collect(crew, units, snapshot))
+                version = units[0].policy_version
+                job = collect(crew, units, policy.snapshots[version], policy.effects.get(version))
+                under_way[ahead] = asyncio.ensure_future(job)
 
     try:
         for iteration in range(policy.version, config.iterations):

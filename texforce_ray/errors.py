@@ -5,6 +5,8 @@ Imports nothing of the package: reward environments import this file without tor
 
 from __future__ import annotations
 
+import re
+
 
 class TexForceError(Exception):
     """Base of all errors of this package that a user can act on."""
@@ -42,6 +44,14 @@ class NobodyLeftError(ActorError):
     """All actors of a role are gone for good: the run cannot go on, whatever the task."""
 
 
+class BudgetSpentError(ActorError):
+    """Actors failed more often than the run allows (ray.max_run_restarts)."""
+
+
+class DeviceError(TexForceError):
+    """A GPU failed or ran out of memory: the process that used it is started again."""
+
+
 class LostObjectError(TexForceError):
     """Data went with the node that held it; whoever asked for it has it made again."""
 
@@ -54,5 +64,59 @@ class NumericsError(TexForceError):
     """Learner and sampler disagree about log-probabilities beyond the configured bound."""
 
 
+class EffectError(TexForceError):
+    """An actor does not sample with the policy that was published, or training changes nothing."""
+
+
 class Interrupted(TexForceError):  # noqa: N818 - not a fault: the run was asked to stop
     """The run was asked to stop (SIGINT, SIGTERM) and left a checkpoint behind."""
+
+
+_DEVICE_TYPES = {"OutOfMemoryError", "AcceleratorError"}  # torch's
+_DEVICE = re.compile(
+    r"CUDA (driver )?error|CUDA out of memory|HIP (error|out of memory)|CUBLAS_STATUS_|"
+    r"CUDNN_STATUS_|cuDNN error|uncorrectable ECC|device-side assert|illegal memory access|"
+    r"no CUDA-capable device|unspecified launch failure",
+    re.IGNORECASE,
+)
+_MEMORY = re.compile(r"out of memory|_ALLOC_FAILED|OutOfMemoryError", re.IGNORECASE)
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """Whether a GPU is to blame: its process cannot be trusted with further work.
+
+    Told by names and words: neither the driver nor every reward's environment has torch.
+    """
+    types = {base.__name__ for base in type(error).__mro__ if base.__module__ != "ray.exceptions"}
+    return bool(types & _DEVICE_TYPES) or _DEVICE.search(str(error)) is not None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device fault says that its memory was too small."""
+    return _MEMORY.search(f"{type(error).__name__}: {error}") is not None
+
+
+_SECRET_NAME = re.compile(
+    r"(^|_)(api_?|access_?)?(key|token|secret|password|passwd|credentials?|auth\w*|bearer)$",
+    re.IGNORECASE,
+)
+_USERINFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@'\"]+@", re.IGNORECASE)
+_SECRET_QUERY = re.compile(
+    r"([?&][\w-]*(?:key|token|secret|passw|sig|auth)[\w-]*=)[^&\s'\"]+", re.IGNORECASE
+)
+_HIDDEN = "***"
+
+
+def redacted(text: str) -> str:
+    """Text for logs, without the user names, passwords and keys of the URLs in it."""
+    return _SECRET_QUERY.sub(rf"\1{_HIDDEN}", _USERINFO.sub(rf"\1{_HIDDEN}@", text))
+
+
+def secrets(values: object, name: str = "") -> list[str]:
+    """Texts in a reward's arguments that their names call secret; those ending in _env name one."""
+    if isinstance(values, dict):
+        return [found for key, value in values.items() for found in secrets(value, str(key))]
+    if isinstance(values, (list, tuple)):
+        return [found for value in values for found in secrets(value, name)]
+    hidden = isinstance(values, str) and _SECRET_NAME.search(name) and not name.endswith("_env")
+    return [str(values)] if hidden and values else []

@@ -12,6 +12,7 @@ from ray import ObjectRef
 from texforce_ray.actors.crew import Crew
 from texforce_ray.collect import TrainingBatch, sample_again
 from texforce_ray.config import Config
+from texforce_ray.model.snapshot import Effect
 from texforce_ray.records.checkpoint import Checkpoint
 from texforce_ray.records.rescaled import reward_weights
 
@@ -23,6 +24,8 @@ class Policy:
         self.config, self.version = config, version
         self.state, snapshot, self._evaluated = refs
         self.snapshots: dict[int, ObjectRef] = {version: snapshot}
+        # What the learner says of each version; unknown of one that a checkpoint brought.
+        self.effects: dict[int, Effect | None] = {}
         # Of each version, the values: a copy on the driver's node outlives the learner's.
         self._held: dict[int, list[Any]] = {}
 
@@ -32,8 +35,9 @@ class Policy:
         state = [ray.put(checkpoint.state)] if checkpoint else []
 
         async def attempt() -> Policy:
-            refs = await crew.initialize(state)
+            facts, refs = await crew.initialize(state)
             policy = Policy(config, checkpoint.iteration if checkpoint else 0, refs)
+            policy.effects[policy.version] = facts.get("effect")
             policy._held[policy.version] = await crew.fetch(refs)
             return policy
 
@@ -75,10 +79,12 @@ class Policy:
         # Nothing is awaited from here on: the version is either the old one or whole.
         self.version += 1
         self.snapshots[self.version] = snapshot
+        self.effects[self.version] = metrics.get("effect")
         self._held[self.version] = held
         # Nothing still to be sampled names an older one; dropping the reference frees it.
         oldest = max(0, self.version - self.config.max_staleness)
         self.snapshots = {v: ref for v, ref in self.snapshots.items() if v >= oldest}
+        self.effects = {v: effect for v, effect in self.effects.items() if v >= oldest}
         self._held = {v: values for v, values in self._held.items() if v >= oldest}
         return metrics
 

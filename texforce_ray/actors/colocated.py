@@ -41,6 +41,7 @@ class ColocatedActor(RolloutActor, LearnerActor):
             return
         own = self.learner.snapshot()
         adapter.load(ray.get(policy[0]))
+        self._effect = self._probe.measure(adapter)
         try:
             yield
         finally:

@@ -20,7 +20,7 @@ from ray.util.placement_group import remove_placement_group
 
 import texforce_ray
 from texforce_ray.actors.colocated import ColocatedActor
-from texforce_ray.actors.environments import chosen
+from texforce_ray.actors.environments import chosen, isolated_command
 from texforce_ray.actors.fit import needs
 from texforce_ray.actors.learner import LearnerActor, Membership
 from texforce_ray.actors.messages import ImagePayload, Info, Scores, WorkUnit, unpack_images
@@ -263,16 +263,15 @@ class Crew:
             metrics |= pool.take_statistics()
         return metrics
 
-    async def initialize(self, state: Refs) -> tuple[ray.ObjectRef, ...]:
-        """(state, snapshot, evaluation snapshot) of a fresh or restored learner."""
+    async def initialize(self, state: Refs) -> tuple[dict[str, Any], tuple[ray.ObjectRef, ...]]:
+        """Facts, and (state, snapshot, evaluation snapshot) of a fresh or restored learner."""
         assert self.learner is not None
 
         async def prepare() -> SubmitRank:
             return lambda _, actor: actor.initialize.options(num_returns=4).remote(list(state))
 
         timeout = self.config.ray.start_timeout_s
-        _, refs = await self.learner.run_together("initialisation", prepare, timeout)
-        return refs
+        return await self.learner.run_together("initialisation", prepare, timeout)
 
     async def update(
         self,
@@ -388,6 +387,7 @@ def reward_pool(
         resolve(reward.name, reward.target),
         arguments(reward.name, reward.kwargs),
         reward.batch_size,
+        reward.timeout_s,
     ]
     python = pythons.get(reward.key)
     servers = [
@@ -416,23 +416,22 @@ def _start(
     """An actor handle; `role` is the part of the config that says what it may use."""
     # Ray would set the threads to num_cpus, and the rounding of sums would depend on placement.
     # Libraries say while they are imported what a user of ours can do nothing about.
-    settings = {
+    chosen_options = options(needs(config, role))
+    runtime: dict[str, Any] = chosen_options["runtime_env"]
+    runtime["env_vars"] |= {
         "OMP_NUM_THREADS": str(threads),
         "TRANSFORMERS_VERBOSITY": "error",
         **ALLOCATOR,
         "GLOG_minloglevel": "2",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
-    runtime: dict[str, Any] = {"env_vars": settings}
     if python is not None:
-        runtime["py_executable"] = python
+        runtime["py_executable"] = isolated_command(python)
+    # A slow reward is killed at each deadline: only the run's budget (ray.max_run_restarts) may
+    # say that this was once too often, or a few timeouts would end the run instead of masking.
+    restarts = -1 if isinstance(role, RewardConfig) else config.ray.max_restarts
     return (
         ray.remote(actor)
-        .options(
-            **options(needs(config, role)),
-            max_restarts=config.ray.max_restarts,
-            runtime_env=runtime,
-            scheduling_strategy=strategy,
-        )
+        .options(**chosen_options, max_restarts=restarts, scheduling_strategy=strategy)
         .remote(*given)
     )

@@ -13,6 +13,7 @@ from texforce_ray.actors.messages import whereabouts
 from texforce_ray.actors.rollout import quiet_libraries
 from texforce_ray.actors.torch_trace import TorchTrace
 from texforce_ray.config import Config
+from texforce_ray.errors import EffectError
 from texforce_ray.model.snapshot import LearnerState, PolicySnapshot
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class LearnerActor:
         self._begin(load_config_backbone(config.model, config.learner.num_gpus), config)
 
     def _begin(self, backbone: Backbone, config: Config) -> None:
+        from texforce_ray.model.effect import EffectProbe
         from texforce_ray.model.flops import matmul_peak, pair_flops
 
         self.config = config
@@ -62,6 +64,7 @@ class LearnerActor:
         self._pair_flops = pair_flops(backbone, config.diffusion.guidance_scale)
         self._peak_flops = matmul_peak(backbone.device, backbone.dtype)
         self.learner = _learner(backbone, config)
+        self._probe = EffectProbe(backbone)
 
     def ready(self) -> str:
         """Device and process, for log messages."""
@@ -162,7 +165,8 @@ class LearnerActor:
         self.learner.group, self._address = Alone(), None
         if membership.address is not None:
             device = self.learner.backbone.device
-            patience = self.config.ray.start_timeout_s
+            # They meet before the pass over all samples and exchange only after it: hours later.
+            patience = self.config.learner.timeout_s
             self.learner.group = Together(
                 membership.address, membership.rank, membership.size, device, patience
             )
@@ -170,7 +174,16 @@ class LearnerActor:
 
     def _published(self, metrics: dict[str, Any]) -> Updated:
         learner = self.learner
-        return metrics, learner.state(), learner.snapshot(), learner.evaluation_snapshot()
+        effect, snapshot = self._probe.measure(learner.adapter), learner.snapshot()
+        metrics |= {"effect": effect, "learner/effect": effect.change}
+        # In half precision a small change may round to none.
+        if self.config.model.dtype == "float32" and not effect.change and snapshot.changes:
+            raise EffectError(
+                f"training changes nothing: the adapter of policy version {snapshot.version} is "
+                "not zero, and yet it leaves a probe prompt's embedding as it is (lora."
+                "target_modules: are they layers that this model computes?)"
+            )
+        return metrics, learner.state(), snapshot, learner.evaluation_snapshot()
 
 
 def _learner(backbone: Backbone, config: Config) -> Trainer:

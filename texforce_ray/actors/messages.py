@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from texforce_ray.model.snapshot import Effect
+
 # Bytes and shape rather than an array: a numpy 2 array does not unpickle under numpy 1.
 ImagePayload = tuple[bytes, tuple[int, int, int, int]]
 
@@ -40,6 +42,8 @@ class Info(NamedTuple):
     trajectory_bytes: int = 0
     image_bytes: int = 0
     trace: bytes | None = None  # torch's profile of the task, where it was asked for
+    effect: Effect | None = None  # of the adapter that the actor holds
+    who: str = ""  # the actor: device, process and node
 
 
 class Scores(NamedTuple):

@@ -47,6 +47,7 @@ class RolloutActor:
         from texforce_ray.diffusion.sampler import Sampler
         from texforce_ray.model.adapter import Adapter
         from texforce_ray.model.backbone import load_config_backbone
+        from texforce_ray.model.effect import EffectProbe
         from texforce_ray.model.flops import matmul_peak, sample_flops
 
         quiet_libraries()
@@ -66,10 +67,14 @@ class RolloutActor:
         self._peak_flops = matmul_peak(self.backbone.device, self.backbone.dtype)
         self._adapter: Adapter | None = None
         self._loaded: str | None = None
+        self._who = ""
+        self._probe = EffectProbe(self.backbone)
+        self._effect = self._probe.measure(None)
 
     def ready(self) -> str:
         """Device and process, for log messages."""
-        return whereabouts(self.backbone.device)
+        self._who = self._who or whereabouts(self.backbone.device)
+        return self._who
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
         """How many prompts are longer than the encoder's limit."""
@@ -90,6 +95,8 @@ class RolloutActor:
             trajectory_bytes=trajectory.nbytes,
             image_bytes=images.nbytes,
             trace=trace.data,
+            effect=self._effect,
+            who=self.ready(),
         )
         return info, trajectory, pack_images(images)
 
@@ -150,6 +157,7 @@ class RolloutActor:
             self._remove()
         else:
             self._load(ray.get(policy[0]))
+        self._effect = self._probe.measure(self._adapter)
         self._loaded = wanted
         yield
 

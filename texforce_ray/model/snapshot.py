@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,17 @@ Tensors = dict[str, np.ndarray]
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 UNET = "unet"
 PARTS = (*TEXT_ENCODERS, UNET)
+
+
+class Effect(NamedTuple):
+    """What a process holds of a policy version: see `model.effect`.
+
+    digest: of the adapter's bits. change: of a probe prompt's embedding against the base model,
+    relative; 0 of an adapter that changes nothing.
+    """
+
+    digest: int
+    change: float
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,12 @@ class PolicySnapshot:
     version: int
     shapes: dict[str, LoraShape]
     adapters: dict[str, Tensors]
+
+    @property
+    def changes(self) -> bool:
+        """Whether it is not the base model: some product B A is not zero."""
+        tensors = [(k, v) for part in self.adapters.values() for k, v in part.items()]
+        return any(v.any() for k, v in tensors if k.endswith("lora_B.weight"))
 
 
 @dataclass(frozen=True)

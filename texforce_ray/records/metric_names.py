@@ -62,6 +62,15 @@ METRICS = (
     Metric("direct/reward_std", "its standard deviation"),
     Metric("learner/grad_norm", "mean norm of the gradient before it is clipped"),
     Metric("learner/skipped", "updates left out because their gradient was not finite"),
+    Metric(
+        "learner/effect",
+        "relative change of a probe prompt's embedding against the base model; 0: no effect",
+    ),
+    Metric(
+        "learner/gradient_agreement",
+        "in half precision, before the first update: cosine of a gradient to that in float32",
+    ),
+    Metric("learner/gradient_zeros", "share of that gradient's entries that were lost to zero"),
     Metric("learner/lr", "learning rate of the last update"),
     Metric("learner/updates", "updates so far"),
     Metric("eval/diversity", "difference between images of one prompt in the evaluation"),
