@@ -62,3 +62,28 @@ class BatchSize:
         if (images.reshape(len(images), -1).max(axis=1) == 0).any():
             raise ValueError("a black image")
         return [float(len(images))] * len(images)
+
+
+class BrokenGpu:
+    """Its process's CUDA context breaks at the first call ever, and stays broken."""
+
+    def __init__(self, marker: str) -> None:
+        self.marker, self.broken = Path(marker), False
+
+    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> list:
+        if not self.marker.exists():
+            self.marker.touch()
+            self.broken = True
+        if self.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return [1.0] * len(images)
+
+
+class Unwilling:
+    """Quotes its arguments in its error, as clients do."""
+
+    def __init__(self, api_key: str, url: str, size: int) -> None:
+        raise ConnectionError(f"no answer from {url} with {api_key}")
+
+    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> list:
+        return []

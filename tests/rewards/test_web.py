@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -19,15 +22,19 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
 from texforce_ray.errors import RewardError
-from texforce_ray.rewards import serve
+from texforce_ray.rewards import deadline, serve
+from texforce_ray.rewards.answers import parse_ranking, parse_score
 from texforce_ray.rewards.base import checked_scores
 from texforce_ray.rewards.http_client import HttpReward
 from texforce_ray.rewards.images import from_png, to_png
 from texforce_ray.rewards.jpeg import JpegIncompressibility
 from texforce_ray.rewards.serve import RewardService
-from texforce_ray.rewards.vlm import VlmJudge, parse_score
+from texforce_ray.rewards.vlm import VlmJudge
 
 REPO = Path(__file__).parents[2]
 Answer = Callable[[Any, int], tuple[int, Any]]  # request, count of earlier ones: code and body
@@ -235,10 +242,94 @@ def _judge(url: str, **options: Any) -> VlmJudge:
         ("no", None),
         ('{"score": "high"}', None),
         ("", None),
+        # ranges and maxima
+        ("Score (0-10): 6", 6),
+        ("Score (out of 10): 6", 6),
+        ("Score out of 10: 6", 6),
+        ("On a score from 0 to 10 … 7", 7),
+        ("On a score from 0 to 10, I would rate this image a 7.", 7),
+        ("On a scale from 0 (nothing) to 10 (everything), I rate it 7.", 7),
+        ("4 out of a maximum score of 10", 4),
+        ("I'd give it a 4 out of a maximum score of 10.", 4),
+        ("The maximum score is 10.", None),
+        ("A perfect score of 10 would need hands.", None),
+        ("Scale: 0 = nothing, 10 = everything. Score: 4", 4),
+        ("The score ranges from 0 to 10.", None),
+        ("Score: 6-7", None),
+        ("Score: 7 or 8", None),
+        # numbers that are something else
+        ("I count 2 out of 3 circles.", None),
+        ("I'd rate it 3 circles", None),
+        ("Score: 7 of the 9 objects", None),
+        ("Score: 10 minus 3 = 7", None),
+        ("Score: 70%", None),
+        ("Score: 1st", None),
+        ("Score: 7/10. Explanation: 2 of 3 objects are there.", 7),
+        # notation
+        ("7,5", 7.5),
+        ("Score: 7,5", 7.5),
+        ("Score: 1,000", None),
+        ("**Score:** 8", 8),
+        ("**Score: 8**", 8),
+        ('```json\n{"score": 4}\n```', 4),
+        ("```\n7\n```", 7),
+        ("Score: -3", -3),
+        # several
+        ("Score: 7. Score: 8", None),
+        ("Colour score: 7. Overall score: 8", 8),
+        ('{"score": 2} {"score": 3}', None),
+        ('{"score": 3} again: {"score": 3}', 3),
+        ("<think>Score: 3</think>Score: 5", 5),
+        # JSON from outside
+        ('{"score": 6, "parts": {"score": 2}}', 6),
+        ('{"parts": {"score": 2}, "score": 6}', 6),
+        ('{"parts": [{"score": 2}], "score": 6}', 6),
+        ('{"parts": {"score": 2}}', None),
+        ('{"parts": {"score": 2}, "score": ', None),
+        ('{"score": 3, "score": 8}', None),
+        ('{"score": true}', None),
+        ('{"score": NaN}', None),
+        ('{"score": "7/10"}', 7),
+        ("true", None),
     ],
 )
 def test_scores_are_read_from_prose_and_json(text: str, score: float | None) -> None:
     assert parse_score(text) == score
+
+
+def test_a_score_of_another_scale_is_none() -> None:
+    assert parse_score("Score: 4/5", high=10) is None
+    assert parse_score("Score: 4/5", high=5) == 4
+    assert parse_score('{"score": "80/100"}', high=10) is None
+
+
+_SCALES = ["", " (0-10)", " from 0 to 10", " (out of 10)", " (maximum 10)", " between 0 and 10"]
+_FORMS = [
+    "Score{scale}: {score}",
+    "On a score{scale}, I give it {score}.",
+    "**Score{scale}:** {score}/10\nIt has 3 circles and 12 squares.",
+    "The scale{scale} is clear. I would rate it {score} out of 10.",
+    '{{"note": "12 of 13", "score": {score}, "parts": {{"score": 1.25}}}}',
+    "I see 12 things{scale}; 5 of them are red. The score is {score}.",
+]
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 100), st.sampled_from(_SCALES), st.sampled_from(_FORMS))
+def test_no_form_of_an_answer_gives_a_wrong_score(tenths: int, scale: str, form: str) -> None:
+    """None is asked again; a wrong number would be trained on."""
+    score = tenths / 10
+    text = form.format(scale=scale, score=f"{score:g}")
+    assert parse_score(text) in (score, None), text
+    assert parse_score(form.format(scale=scale, score="?")) is None
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(st.text(alphabet='{}[]":,.0123456789 -/scoreoutf§\\\n', max_size=60))
+def test_any_text_is_an_answer(text: str) -> None:
+    value = parse_score(text)
+    assert value is None or math.isfinite(value)
+    parse_ranking(text, 3)
 
 
 def test_the_judge_sees_image_and_prompt_and_its_key_is_in_the_header_alone(
@@ -316,3 +407,87 @@ def test_wrong_settings_of_the_judge_are_refused() -> None:
         VlmJudge("http://x", "m", api_key_env="NO_SUCH_KEY")
     with pytest.raises(RewardError, match="http://"):
         VlmJudge("localhost:8000", "m")
+
+
+def test_fields_that_a_service_refuses_can_be_left_out() -> None:
+    requests = []
+
+    def answer(request: Any, _: int) -> tuple[int, Any]:
+        requests.append(request)
+        if "max_tokens" in request:
+            return 400, {"error": "Unsupported: 'max_tokens'. Use 'max_completion_tokens'"}
+        return 200, _says('{"score": 4}')
+
+    with service(answer) as url:
+        with pytest.raises(RewardError) as caught:
+            _judge(url).score(_images(1), ["a"], [{}])
+        for part in ("max_tokens: null", "extra_body: {max_completion_tokens: 2048}", "kwargs"):
+            assert part in str(caught.value)
+        judge = _judge(
+            url, max_tokens=None, temperature=None, seed=None, extra_body={"reasoning": "low"}
+        )
+        assert judge.score(_images(1), ["a"], [{}]) == [4]
+    assert requests[-1].keys() == {"model", "messages", "reasoning", "headers"}
+    assert requests[0]["temperature"] == requests[0]["seed"] == 0
+    with pytest.raises(RewardError, match="'messages' cannot be given"):
+        _judge("http://x", extra_body={"messages": []})
+
+
+def test_a_judge_stops_before_its_deadline_and_keeps_what_it_has() -> None:
+    """All its tries could take two hours: 4 answers x 4 requests x 60 s for each eight images."""
+
+    def answer(request: Any, _: int) -> tuple[int, Any]:
+        if "slow" in request["messages"][0]["content"][0]["text"]:
+            time.sleep(5)
+        return 200, _says('{"score": 5}')
+
+    with service(answer) as url:
+        judge = _judge(url)
+        deadline.begin(3.0)
+        began = time.monotonic()
+        try:
+            scores = judge.score(_images(2), ["slow", "quick"], [{}] * 2)
+        finally:
+            deadline.end()
+    assert time.monotonic() - began < 3.0
+    assert math.isnan(scores[0])
+    assert scores[1] == 5
+
+
+def test_urls_in_errors_name_no_password() -> None:
+    with service(lambda *_: (404, b"")) as url:
+        secret = url.replace("http://", "http://me:hunter2@") + "/?api_key=sk-1"
+        reward = HttpReward(secret, retries=0)
+        with pytest.raises(RewardError) as caught:
+            reward.score(_images(1), [""], [{}])
+    assert "hunter2" not in str(caught.value)
+    assert "sk-1" not in str(caught.value)
+    assert url.partition("//")[2] in str(caught.value)
+
+
+def test_headers_that_are_no_ascii_are_refused_not_raised_upon() -> None:
+    server = RewardService(("127.0.0.1", 0), "jpeg", JpegIncompressibility(), token="geheim")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        for header, value, code in (
+            ("Authorization", "Bearer ü", 401),
+            ("Content-Length", "²", 413),
+            ("Content-Length", "9" * 5000, 413),
+        ):
+            lines = {"Host": "x", "Authorization": "Bearer geheim", "Content-Length": "2"}
+            lines |= {header: value}
+            head = "".join(f"{name}: {text}\r\n" for name, text in lines.items())
+            with socket.create_connection(server.server_address[:2], timeout=10) as client:
+                client.sendall(f"POST / HTTP/1.1\r\n{head}\r\n{{}}".encode("latin-1"))
+                assert client.recv(100).startswith(f"HTTP/1.1 {code}".encode()), header
+    finally:
+        server.shutdown()
+
+
+def test_only_pngs_are_opened() -> None:
+    """Pillow hands other formats to other programs: EPS to Ghostscript."""
+    for kind in ("EPS", "BMP", "JPEG", "TIFF"):
+        buffer = io.BytesIO()
+        Image.fromarray(_images(1)[0]).save(buffer, kind)
+        with pytest.raises(ValueError, match="not a PNG image"):
+            from_png(base64.b64encode(buffer.getvalue()).decode())

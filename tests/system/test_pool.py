@@ -14,15 +14,19 @@ import numpy as np
 import pytest
 import ray
 
-from texforce_ray.actors.messages import pack_images, whereabouts
+from tests.rewards.test_web import service
+from texforce_ray.actors.crew import reward_pool
+from texforce_ray.actors.messages import Scores, pack_images, whereabouts
+from texforce_ray.actors.placement import options
 from texforce_ray.actors.pool import ActorPool, Budget
 from texforce_ray.actors.reward import RewardServer
+from texforce_ray.config_io import make_config
 from texforce_ray.errors import ActorError, ConfigError, PeerLostError, RewardError
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -61,6 +65,40 @@ class Worker:
 
     def refuse(self) -> None:
         raise ConfigError("this key is wrong")
+
+    def break_once(self, marker: str, message: str) -> int:
+        """As torch does: once its context is broken, the process fails at everything."""
+        if not os.path.exists(marker):
+            open(marker, "w").close()
+            self.broken = message
+        if message := getattr(self, "broken", ""):
+            raise RuntimeError(message)
+        return 9
+
+    def run_out(self) -> None:
+        class OutOfMemoryError(RuntimeError):
+            """As torch.OutOfMemoryError, which the driver cannot import."""
+
+        raise OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
+
+
+class LateDeath(Worker):
+    """Its process ends between its constructor and its first answer."""
+
+    def __init__(self, marker: str) -> None:
+        super().__init__()
+        self.marker = marker
+
+    def ready(self) -> str:
+        if not os.path.exists(self.marker):
+            open(self.marker, "w").close()
+            os._exit(1)
+        return super().ready()
+
+
+class Visible(Worker):
+    def seen(self) -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def pool(size: int = 1, retries: int = 2, **kwargs: Any) -> ActorPool:
@@ -136,6 +174,50 @@ def test_a_hanging_actor_is_killed_and_its_task_done_again(tmp_path: Any) -> Non
     assert workers.restarts == 1
 
 
+def test_an_actor_with_a_broken_gpu_is_replaced(tmp_path: Any) -> None:
+    workers, message = pool(), "CUDA error: an illegal memory access was encountered"
+    workers.budget = Budget(1)
+    assert run(workers, "break_once", str(tmp_path / "broken"), message) == 9
+    assert (workers.restarts, workers.budget.spent) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("rollout", "rollout.batch_size or rollout.decode_batch_size"),
+        ("learner", "learner.microbatch_size"),
+        ("reward-hps", "batch_size of the reward 'hps'"),
+    ],
+)
+def test_too_little_gpu_memory_says_what_to_lower(name: str, key: str) -> None:
+    workers = pool(retries=0)
+    workers.name = name
+    with pytest.raises(ActorError, match=rf"CUDA out of memory.*; lower {key}"):
+        run(workers, "run_out")
+
+
+def test_an_actor_that_dies_at_its_first_start_comes_back(tmp_path: Any) -> None:
+    actor = ray.remote(LateDeath).options(num_cpus=0, max_restarts=3)
+    budget = Budget(1)
+    workers = ActorPool("worker", [actor.remote(str(tmp_path / "d"))], retries=0, budget=budget)
+    assert asyncio.run(workers.ready(30)) == ["worker-0"]
+    assert budget.spent == 1
+
+
+def test_what_asks_for_no_gpu_sees_none() -> None:
+    @ray.remote
+    def task() -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    actors = [
+        ray.remote(Visible).options(**options({"CPU": 0, "GPU": gpus})).remote() for gpus in (0, 1)
+    ]
+    refs = [*(actor.seen.remote() for actor in actors), task.options(**options({})).remote()]
+    none, one, in_task = ray.get(refs, timeout=60)
+    assert (none, in_task) == ("", "")
+    assert one in ("0", "1")
+
+
 def test_work_goes_on_while_a_killed_actor_comes_back(tmp_path: Any) -> None:
     async def go() -> None:
         workers = pool(2)
@@ -185,8 +267,17 @@ class Member(Worker):
             raise PeerLostError("the connection was closed")
         return self.together(rank, marker)
 
+    def on_a_broken_gpu(self, rank: int, marker: str) -> tuple[int, int]:
+        """The others wait for it in vain: without its error they would until the deadline."""
+        if not os.path.exists(marker):
+            if rank == 1:
+                open(marker, "w").close()
+                raise RuntimeError("CUDA error: device-side assert triggered")
+            time.sleep(60)
+        return rank, rank * 10
 
-@pytest.mark.parametrize("method", ["together", "with_a_peer"])
+
+@pytest.mark.parametrize("method", ["together", "with_a_peer", "on_a_broken_gpu"])
 def test_who_works_together_starts_again_together(tmp_path: Any, method: str) -> None:
     async def go() -> None:
         actor = ray.remote(Member).options(num_cpus=0, max_restarts=3)
@@ -263,3 +354,72 @@ def test_a_reward_class_without_score_fails_at_start() -> None:
     servers = ActorPool("reward-r", [server("tests.system.rewards:NoScore")], retries=0)
     with pytest.raises(RewardError, match="NoScore has no method score"):
         asyncio.run(servers.ready(30))
+
+
+# ---- slow and broken rewards ---------------------------------------------------------------------
+
+
+def reward_servers(target: str, budget: Budget | None = None, **settings: Any) -> Any:
+    """As a run starts them."""
+    reward = {"target": target, "num_cpus": 0, "retry_pause_s": 0.01, **settings}
+    config = make_config({"rewards": [reward], "ray": {"max_restarts": 1}})
+    return reward_pool(config.rewards[0], config, {}, budget)
+
+
+def scores_of(servers: Any, units: int, answers: list[Scores] | None = None) -> list[Scores]:
+    answers = [] if answers is None else answers
+
+    async def job() -> list[Scores]:
+        await servers.actors.ready(60)
+        images = ray.put(pack_images(np.zeros((2, 8, 8, 3), dtype=np.uint8)))
+        try:
+            for _ in range(units):
+                answers.append(await servers.score(images, ["a"] * 2, [{}] * 2))
+            return answers
+        finally:
+            servers.actors.kill()
+
+    return asyncio.run(job())
+
+
+def test_a_slow_reward_is_masked_until_the_runs_budget_is_spent() -> None:
+    budget = Budget(3)
+    servers = reward_servers("tests.rewards.bad:Sleeper", budget, timeout_s=0.5, retries=0)
+    answers: list[Scores] = []
+    with pytest.raises(ActorError, match=r"failed 4 times .*ray\.max_run_restarts"):
+        scores_of(servers, 4, answers)
+    # More often than ray.max_restarts, which is 1 here and would have ended the run.
+    assert [answer.scores for answer in answers] == [None] * 3
+    assert all("no answer within" in str(answer.error) for answer in answers)
+
+
+def test_a_slow_service_answers_before_its_server_is_killed() -> None:
+    with service(lambda *_: (time.sleep(5), (200, {"scores": [1.0, 1.0]}))[1]) as url:
+        servers = reward_servers(
+            "texforce_ray.rewards.http_client:HttpReward",
+            timeout_s=2,
+            retries=0,
+            kwargs={"url": url.replace("http://", "http://me:hunter2@"), "retries": 5},
+        )
+        (answer,) = scores_of(servers, 1)
+    assert answer.scores is None
+    assert "before the reward's timeout_s" in str(answer.error)
+    assert "hunter2" not in str(answer.error)
+    assert servers.actors.restarts == 0
+
+
+def test_a_reward_with_a_broken_gpu_gets_a_new_server(tmp_path: Any) -> None:
+    servers = reward_servers(
+        "tests.rewards.bad:BrokenGpu", retries=1, kwargs={"marker": str(tmp_path / "broken")}
+    )
+    (answer,) = scores_of(servers, 1)
+    assert answer.scores == [1.0, 1.0], answer.error
+    assert servers.actors.restarts == 1
+
+
+def test_a_constructors_secrets_reach_no_log() -> None:
+    kwargs = {"api_key": "sk-123456", "url": "https://me:hunter2@host/v1?api_key=sk-9", "size": 3}
+    servers = ActorPool("r", [server("tests.rewards.bad:Unwilling", **kwargs)], retries=0)
+    with pytest.raises(RewardError, match=r"'size': 3.*ConnectionError: no answer") as caught:
+        asyncio.run(servers.ready(30))
+    assert not [secret for secret in ("sk-1", "hunter2", "sk-9") if secret in str(caught.value)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 from typing import Any
 
 import ray
@@ -10,6 +11,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from texforce_ray.actors.fit import Request, fits_a_node, needs
+from texforce_ray.actors.placement import options
 from texforce_ray.actors.pool import gather, readable
 from texforce_ray.config import Config, RewardConfig
 from texforce_ray.rewards.environments import Environment, choose, default_root
@@ -18,6 +20,16 @@ from texforce_ray.rewards.environments import Environment, choose, default_root
 def chosen(reward: RewardConfig) -> Environment | str | None:
     """Where a reward runs; see `texforce_ray.rewards.environments.choose`."""
     return choose(reward.name, reward.environment, reward.requirements, reward.key)
+
+
+def isolated_command(python: str) -> str:
+    """How a node's shell starts an interpreter of its own: a piece of Ray's command line.
+
+    The cluster's PYTHONPATH, PYTHONHOME and VIRTUAL_ENV are for the cluster's Python; of its
+    PYTHONPATH only what Ray itself has put there stays: this package and other uploaded modules.
+    """
+    ours = "$(tr : '\\n' <<<\"$PYTHONPATH\" | grep -F /runtime_resources/ | paste -sd : -)"
+    return f'env -u PYTHONHOME -u VIRTUAL_ENV PYTHONPATH="{ours}" {shlex.quote(python)}'
 
 
 async def prepare_environments(config: Config) -> dict[str, str]:
@@ -53,7 +65,7 @@ def _nodes_for(config: Config, reward: RewardConfig) -> list[str]:
 
 async def _on_node(node: str, place: Environment | str, root: str, timeout: float) -> str:
     task = ray.remote(_make).options(
-        num_cpus=0,
+        **options({}),
         max_retries=1,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
     )

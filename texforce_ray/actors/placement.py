@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,16 @@ from texforce_ray.errors import ResourceError
 
 _LOOK_S = 0.5  # between looks at the cluster
 _SAY_S = 30.0  # between words about what is waited for
+
+# Since 2.60 Ray shows every GPU to an actor that asked for none. The first variable makes it hide
+# them, whatever their make; the others hold from the start, before Ray has read it.
+_NO_GPU = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HIP_VISIBLE_DEVICES": "",
+}
+# The first is read by every version of torch, and before the others.
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 def free_nodes() -> list[Node]:
@@ -112,13 +123,25 @@ def pack_learners(config: Config) -> PlacementGroup | None:
 
 
 def options(resources: Mapping[str, float]) -> dict[str, Any]:
-    """Resources as Ray's actor options."""
+    """Resources as Ray's options of an actor or a task; what asks for no GPU sees none."""
     custom = {name: x for name, x in resources.items() if name not in ("CPU", "GPU")}
+    gpus = resources.get("GPU", 0)
     return {
         "num_cpus": resources.get("CPU", 0),
-        "num_gpus": resources.get("GPU", 0),
+        "num_gpus": gpus,
         "resources": custom,
+        "runtime_env": {"env_vars": _gpu_memory() if gpus else dict(_NO_GPU)},
     }
+
+
+def _gpu_memory() -> dict[str, str]:
+    """How torch takes the GPU's memory, unless the user has said so under any of its names.
+
+    Shapes vary from batch to batch; without segments that grow, each leaves fragments of its own.
+    """
+    if any(os.environ.get(name) for name in _ALLOCATOR):
+        return {}
+    return {_ALLOCATOR[0]: "expandable_segments:True"}
 
 
 def in_bundle(group: PlacementGroup | None, index: int) -> Any:

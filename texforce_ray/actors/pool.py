@@ -7,33 +7,33 @@ has a deadline.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import re
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import RayError, RayTaskError
 
+from texforce_ray.actors.faults import (
+    GONE,
+    advice,
+    comes_back,
+    device_fault,
+    log_tail,
+    one_line,
+)
+from texforce_ray.actors.faults import readable as readable  # noqa: PLC0414 - others take it from here
 from texforce_ray.errors import (
     ActorError,
+    BudgetSpentError,
+    DeviceError,
     LostObjectError,
     NobodyLeftError,
     PeerLostError,
     TexForceError,
+    redacted,
 )
 
 log = logging.getLogger(__name__)
@@ -42,11 +42,8 @@ Submit = Callable[[Any], Any]  # calls a method of an actor; gives its ref or re
 SubmitRank = Callable[[int, Any], Any]  # the same, told which actor of the pool it is
 Result = tuple[Any, tuple[ray.ObjectRef, ...]]
 
-# Ray's ways of saying that a process is gone: killed, out of memory, its node lost.
-GONE = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
 _SETTLE_S = 10.0  # after one of several failed, until the others have as well
 _PAUSE_S, _LONGEST_PAUSE_S = 0.1, 10.0
-_LOG_LINES = 5
 _NOBODY = -1  # wakes those who wait for a free actor when none is left
 
 
@@ -80,11 +77,11 @@ class Budget:
         """Count one failure.
 
         Raises:
-            ActorError: it was one too many.
+            BudgetSpentError: it was one too many.
         """
         self.spent += 1
         if self.spent > self.most:
-            raise ActorError(
+            raise BudgetSpentError(
                 f"actors failed {self.spent} times in this run (ray.max_run_restarts allows "
                 f"{self.most}); the last one: {what}"
             )
@@ -169,7 +166,7 @@ class ActorPool:
                 result = await _answer(submit(self.actors[index]), timeout)
                 self.last_answer = time.monotonic()
                 return result
-            except (*GONE, TimeoutError) as error:
+            except (*GONE, DeviceError, TimeoutError) as error:
                 lost = True
                 self._lost(index, task, error, timeout, last=attempt == self.retries)
             except RayError as error:
@@ -207,14 +204,16 @@ class ActorPool:
                 result = (await _together(answers))[0]
                 self.last_answer = time.monotonic()
                 return result
-            except (*GONE, TimeoutError) as error:
+            except (*GONE, DeviceError, TimeoutError) as error:
                 lost = set(members)
                 dead = [i for i, answer in enumerate(answers) if _died(answer)]
+                failed = [i for i, answer in enumerate(answers) if _failed(answer)]
                 for index in members:
                     if index not in dead:
                         ray.kill(self.actors[index], no_restart=False)
                 self._rejoin(members)
-                self._note(dead[0] if dead else 0, task, error, timeout, attempt == self.retries)
+                first, last = (failed or [0])[0], attempt == self.retries
+                self._note(first, task, error, timeout, last=last)
             except RayError as error:
                 found = readable(self.name, task, error)
                 if isinstance(found, LostObjectError) and len(members) > 1:
@@ -272,18 +271,33 @@ class ActorPool:
 
     async def _join(self, index: int, *, again: bool) -> str:
         """Wait for an actor to start, however long the cluster takes; then it gets work."""
-        try:
-            # Unlike a task, this harmless call may wait for and survive a restart. At first it must
-            # not: Ray would print a constructor's error at each of its tries.
-            retries = -1 if again else 0
-            ref = self.actors[index].ready.options(max_task_retries=retries).remote()
-            answer = await asyncio.wrap_future(ref.future())
-        except RayError as error:
-            found = readable(f"{self.name}-{index}", "start", error)
-            self._errors[index] = found
-            if len(self._errors) == len(self.actors):
-                self._idle.put_nowait(_NOBODY)
-            raise found from None
+        actor, before = self.actors[index], self._who.get(index) if again else None
+        patience = time.monotonic() + _SETTLE_S
+        while True:
+            try:
+                # Unlike a task, this harmless call may wait for and survive a restart. At first it
+                # must not: Ray would print a constructor's error at each of its tries.
+                retries = -1 if again else 0
+                ref = actor.ready.options(max_task_retries=retries).remote()
+                answer = await asyncio.wrap_future(ref.future())
+                if answer != before or time.monotonic() > patience:
+                    break
+                await asyncio.sleep(_PAUSE_S)  # the process that is being killed has answered
+            except RayError as error:
+                found: ActorError | TexForceError
+                try:
+                    if isinstance(error, GONE) and not again and comes_back(actor):
+                        self.budget.spend(f"{self.name}-{index} at its start: {one_line(error, 0)}")
+                        self.restarts += 1
+                        again = True
+                        continue
+                    found = readable(f"{self.name}-{index}", "start", error)
+                except BudgetSpentError as spent:
+                    found = spent
+                self._errors[index] = found
+                if len(self._errors) == len(self.actors):
+                    self._idle.put_nowait(_NOBODY)
+                raise found from None
         self._present.add(index)
         self._who[index] = answer
         self._idle.put_nowait(index)
@@ -319,14 +333,16 @@ class ActorPool:
 
     def _lost(self, index: int, task: str, error: Exception, timeout: float, *, last: bool) -> None:
         """An actor died or hangs: it may come back, and its task goes elsewhere meanwhile."""
-        if isinstance(error, TimeoutError):
+        if isinstance(error, (TimeoutError, DeviceError)):
             ray.kill(self.actors[index], no_restart=False)
         self._rejoin([index])
-        self._note(index, task, error, timeout, last)
+        self._note(index, task, error, timeout, last=last)
 
-    def _note(self, index: int, task: str, error: Exception, timeout: float, last: bool) -> None:
+    def _note(self, index: int, task: str, error: Exception, timeout: float, *, last: bool) -> None:
         who = self._who.get(index, "")
-        cause = f"{_cause(error, timeout)}{_log_tail(who)}"
+        # What a device said is whole; the log's end would bury it.
+        tail = "" if isinstance(error, DeviceError) else log_tail(who)
+        cause = f"{one_line(error, timeout)}{advice(self.name, error)}{redacted(tail)}"
         name = f"{self.name}-{index} ({who})" if who else f"{self.name}-{index}"
         self.budget.spend(f"{name} at {task}: {cause}")
         if last:
@@ -343,8 +359,18 @@ def _pause(attempt: int) -> float:
 
 
 async def _answer(refs: Any, timeout: float) -> Result:
+    """A call's first result, and the refs of the others.
+
+    Raises:
+        DeviceError: the actor's GPU failed; Ray reports it as an error of the task.
+    """
     first, *rest = refs if isinstance(refs, Sequence) else [refs]
-    return await asyncio.wait_for(asyncio.wrap_future(first.future()), timeout), tuple(rest)
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(first.future()), timeout), tuple(rest)
+    except RayTaskError as error:
+        if fault := device_fault(error):
+            raise fault from None
+        raise
 
 
 async def _together(answers: Sequence[asyncio.Future[Result]]) -> list[Result]:
@@ -355,15 +381,24 @@ async def _together(answers: Sequence[asyncio.Future[Result]]) -> list[Result]:
         if not isinstance(error.cause, PeerLostError):
             raise
         await asyncio.wait(answers, timeout=_SETTLE_S)
-        died = [answer.exception() for answer in answers if _died(answer)]
-        raise (died[0] if died and died[0] else TimeoutError()) from None
+        failed = [answer.exception() for answer in answers if _failed(answer)]
+        raise (failed[0] if failed and failed[0] else TimeoutError()) from None
     finally:
         for answer in answers:
             answer.cancel()
 
 
+def _failed(answer: asyncio.Future[Any]) -> bool:
+    """The actor is the cause, dead or with a broken device."""
+    return _died(answer) or _raised(answer, DeviceError)
+
+
 def _died(answer: asyncio.Future[Any]) -> bool:
-    return answer.done() and not answer.cancelled() and isinstance(answer.exception(), GONE)
+    return _raised(answer, *GONE)
+
+
+def _raised(answer: asyncio.Future[Any], *kinds: type[BaseException]) -> bool:
+    return answer.done() and not answer.cancelled() and isinstance(answer.exception(), kinds)
 
 
 def _retrieved(task: asyncio.Task[Any]) -> None:
@@ -382,45 +417,3 @@ async def gather(*jobs: Any) -> list[Any]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
-
-
-def readable(name: str, task: str, error: RayError) -> TexForceError:
-    """Our own errors as they are; any other as one line with actor, task and cause."""
-    cause = getattr(error, "cause", None) or error.__cause__
-    if isinstance(cause, RayTaskError):
-        cause = getattr(cause, "cause", None) or cause.__cause__ or cause
-    if isinstance(cause, TexForceError) and not isinstance(cause, RayError):
-        return cause
-    if isinstance(error, ObjectLostError) or isinstance(cause, ObjectLostError):
-        return LostObjectError(f"{name} at {task}: a node is gone, and data that it held")
-    for ours in TexForceError.__subclasses__():
-        # Ray hands a constructor's error over as text.
-        marker = f"texforce_ray.errors.{ours.__name__}: "
-        text = str(error)
-        if marker in text:
-            return ours(text.rpartition(marker)[2].split("\n\n")[0].strip())
-    return ActorError(f"{name} failed at {task}: {_cause(cause or error, 0)}")
-
-
-def _cause(error: BaseException, timeout: float) -> str:
-    if isinstance(error, TimeoutError):
-        return f"no answer within {timeout:.0f} s"
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    if isinstance(error, OutOfMemoryError):
-        return "Ray ended it because its node ran out of memory"
-    if isinstance(error, GONE):
-        return f"the actor died: {lines[-1].strip()}" if lines else "the actor died"
-    return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
-
-
-def _log_tail(who: str) -> str:
-    """The last lines that an actor wrote to its error log, where that lies on this machine."""
-    pid = re.search(r"pid (\d+)", who)
-    sessions = Path(tempfile.gettempdir()) / "ray"
-    found = sessions.glob(f"session_2*/logs/worker-*-{pid[1]}.err") if pid else ()
-    # Numbers of processes come again: the newest session's file is meant.
-    for path in sorted(found, key=lambda p: p.parts, reverse=True)[:1]:
-        with contextlib.suppress(OSError):
-            if lines := path.read_text(errors="replace").strip().splitlines()[-_LOG_LINES:]:
-                return f" | its last lines: {' / '.join(line.strip() for line in lines)}"
-    return ""

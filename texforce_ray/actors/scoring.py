@@ -14,7 +14,7 @@ import ray
 from texforce_ray.actors.messages import Scores
 from texforce_ray.actors.pool import ActorPool
 from texforce_ray.config import RewardConfig
-from texforce_ray.errors import ActorError, NobodyLeftError
+from texforce_ray.errors import ActorError, BudgetSpentError, NobodyLeftError
 
 _MERGE_WAIT_S = 0.05  # how long a unit waits for others to be scored with it
 _LONGEST_PAUSE_S = 10.0
@@ -100,8 +100,8 @@ class RewardPool:
                     lambda actor: actor.score.remote(prompts, metadata, *images),
                     self.reward.timeout_s,
                 )
-            except NobodyLeftError:  # a mask is for good, and this may be Ray's fault
-                raise
+            except (NobodyLeftError, BudgetSpentError):
+                raise  # a mask is for good, and this may be Ray's fault
             except ActorError as error:  # the pool has had its tries with other servers
                 return Scores(None, str(error), 0.0)
             if answer.error is None:

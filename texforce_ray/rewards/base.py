@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from texforce_ray.errors import RewardError
+from texforce_ray.errors import RewardError, redacted, secrets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,9 +72,20 @@ def load_reward(target: str, kwargs: dict[str, Any]) -> Reward:
     try:
         return reward_class(**kwargs)
     except Exception as error:
-        raise RewardError(
-            f"reward {target}: {class_name}(**{kwargs}) failed: {type(error).__name__}: {error}"
-        ) from error
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        message = (
+            f"reward {target}: {class_name}(**{kwargs}) failed: {type(error).__name__}: {error} "
+            f"({where.filename}:{where.lineno})"
+        )
+        # Not `from error`: Ray would print that one too, with whatever secret it quotes.
+        raise RewardError(_without_secrets(message, kwargs)) from None
+
+
+def _without_secrets(message: str, kwargs: dict[str, Any]) -> str:
+    """A message that quotes a constructor's arguments, as it may stand in logs."""
+    for secret in sorted(secrets(kwargs), key=len, reverse=True):
+        message = message.replace(secret, "***")
+    return redacted(message)
 
 
 def checked_scores(scores: Any, count: int, name: str) -> list[float]:

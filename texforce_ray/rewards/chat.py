@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from texforce_ray.errors import RewardError
 from texforce_ray.rewards.images import enlarged, to_png
-from texforce_ray.rewards.web import JsonClient
+from texforce_ray.rewards.web import JsonClient, RefusedError
+
+_FIELDS = ("max_tokens", "temperature", "seed")
 
 
 class ChatClient:
@@ -19,7 +22,9 @@ class ChatClient:
 
     url: of the API, e.g. http://localhost:8000/v1. max_cost: what may be spent, by input_ and
     output_price for a million tokens; max_requests: or how many requests may be made. When either
-    is used up, every further question raises. min_side: images are enlarged to it.
+    is used up, every further question raises. min_side: images are enlarged to it. max_tokens,
+    temperature, seed: None leaves the field out, for services that refuse it; extra_body: further
+    fields of the request, which win over ours.
     """
 
     def __init__(
@@ -31,7 +36,10 @@ class ChatClient:
         connections: int = 8,
         timeout_s: float = 60.0,
         retries: int = 3,
-        max_tokens: int = 256,
+        max_tokens: int | None = 256,
+        temperature: float | None = 0,
+        seed: int | None = 0,
+        extra_body: Mapping[str, Any] | None = None,
         max_cost: float | None = None,
         input_price: float = 0.0,
         output_price: float = 0.0,
@@ -54,7 +62,14 @@ class ChatClient:
             connections=connections,
             pause_s=pause_s,
         )
-        self.model, self.max_tokens, self.min_side = model, max_tokens, min_side
+        if extra_body is not None and not isinstance(extra_body, Mapping):
+            raise RewardError(f"vlm: extra_body: {extra_body!r} should be a mapping of fields")
+        if taken := {"model", "messages", "stream"} & set(extra_body or {}):
+            raise RewardError(f"vlm: extra_body: {sorted(taken)[0]!r} cannot be given there")
+        self.model, self.min_side = model, min_side
+        ours = zip(_FIELDS, (max_tokens, temperature, seed), strict=True)
+        self.fields = {name: value for name, value in ours if value is not None}
+        self.fields |= extra_body or {}
         self.max_cost, self.max_requests = max_cost, max_requests
         self.prices = input_price / 1e6, output_price / 1e6
         self.cost, self.requests = 0.0, 0
@@ -73,12 +88,27 @@ class ChatClient:
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],
-            "temperature": 0,
-            "seed": 0,
-            "max_tokens": self.max_tokens,
+            **self.fields,
         }
         self._spend()
-        return self._text(self.client.post(body))
+        try:
+            return self._text(self.client.post(body))
+        except RefusedError as error:
+            raise RewardError(f"{error}{self._advice(str(error))}") from None
+
+    def _advice(self, refusal: str) -> str:
+        """Which setting to change, where a refusal names a field that was sent."""
+        named = [name for name in self.fields if re.search(rf"\b{name}\b", refusal)]
+        advice = [f"{name}: null" for name in named if name in _FIELDS]
+        if "max_completion_tokens" in refusal and "max_tokens" in self.fields:
+            advice.append("extra_body: {max_completion_tokens: 2048}")
+        advice += [f"extra_body without {name}" for name in named if name not in _FIELDS]
+        if not advice:
+            return ""
+        return (
+            f"; set {', '.join(advice)} (of a reward in its kwargs; of the judge command with "
+            "--max-tokens, --temperature, --request-seed and --extra-body)"
+        )
 
     def _spend(self) -> None:
         with self._lock:

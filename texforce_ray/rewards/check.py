@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import math
 import os
 import sys
 import time
@@ -94,11 +95,11 @@ def _samples(options: argparse.Namespace) -> tuple[list[np.ndarray], list[str], 
     import numpy as np
 
     if options.images:
-        from PIL import Image
+        from texforce_ray.rewards.images import read_image
 
         try:
-            images = [np.array(Image.open(path).convert("RGB")) for path in options.images]
-        except OSError as error:
+            images = [read_image(path) for path in options.images]
+        except ValueError as error:
             raise ConfigError(f"--images: {error}") from None
         return images, [options.prompt] * len(images), [path.name for path in options.images]
     from texforce_ray.shapes import people, scene
@@ -169,6 +170,7 @@ async def _one(
         scored = [i for i, score in enumerate(result["scores"]) if score is not None]
         if not scored:
             raise RewardError(f"reward {key}: {result.get('refused', 'no image could be scored')}")
+        check_variety(key, [result["scores"][i] for i in scored], [images[i] for i in scored])
         size = min(16, reward.batch_size)
         batch = ray.put(pack_images(np.stack([images[scored[0]]] * size)))
         times = []
@@ -183,6 +185,23 @@ async def _one(
         if pool is not None:
             pool.actors.kill()
     return result
+
+
+def check_variety(key: str, scores: list[float], images: list[np.ndarray]) -> None:
+    """Refuse a reward that tells no two images apart: it would teach nothing.
+
+    Raises:
+        RewardError: all images, two different ones at least, have the same score.
+    """
+    known = [(score, image.tobytes()) for score, image in zip(scores, images, strict=True)
+             if not math.isnan(score)]  # fmt: skip
+    values = {score for score, _ in known}
+    if len(values) == 1 and len({data for _, data in known}) > 1:
+        raise RewardError(
+            f"reward {key}: all {len(known)} different images have the same score, "
+            f"{values.pop():g}: nothing can be learned from it. If images like those of your "
+            "prompts do differ for it, try them with --images"
+        )
 
 
 def _print(results: dict[str, dict[str, Any]], labels: list[str]) -> None:

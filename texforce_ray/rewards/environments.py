@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -91,8 +92,12 @@ class Environment:
         return sorted({f"ray=={version('ray')}", *_COMMON, *self.requirements})
 
     def directory(self, root: Path) -> Path:
-        """Where it lies: another requirement or Python means another directory."""
-        key = json.dumps([self.all_requirements(), sys.version_info[:2]])
+        """Where it lies: another requirement, Python or platform means another directory.
+
+        A root may be shared by machines of different architectures.
+        """
+        platform = [sysconfig.get_platform(), sys.implementation.name]
+        key = json.dumps([self.all_requirements(), sys.version_info[:2], platform])
         return root / f"{self.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
@@ -157,14 +162,16 @@ def build(environment: Environment, root: Path, timeout: float, report: Report) 
     """
     directory = environment.directory(root)
     python, marker = directory / "bin" / "python", directory / "READY.json"
-    if marker.exists():
+    if _usable(python, marker):
         return str(python)
     deadline = time.monotonic() + timeout
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(directory.with_suffix(".lock"), deadline, environment.name, report):
-            if marker.exists():  # another process made it while this one waited
+            if _usable(python, marker):  # another process made it while this one waited
                 return str(python)
+            if marker.exists():
+                report(f"environment {environment.name} in {directory} does not run; again:")
             report(f"building environment {environment.name} in {directory} (once on each node)")
             began = time.monotonic()
             shutil.rmtree(directory, ignore_errors=True)  # what a killed build has left
@@ -187,6 +194,26 @@ def build(environment: Environment, root: Path, timeout: float, report: Report) 
             "TEXFORCE_ENVIRONMENTS to a folder with room for it"
         ) from None
     return str(python)
+
+
+def _usable(python: Path, marker: Path) -> bool:
+    """Whether an environment is complete and its interpreter still runs: its Python may be gone."""
+    if not marker.exists():
+        return False
+    code = f"import sys; sys.exit(sys.version_info[:2] != {tuple(sys.version_info[:2])})"
+    try:
+        done = subprocess.run(
+            [str(python), "-c", code], env=clean_environment(), timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's variables without those that are about this process's Python."""
+    hidden = ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME")
+    return {k: v for k, v in os.environ.items() if k not in hidden}
 
 
 @contextlib.contextmanager
@@ -223,11 +250,9 @@ def _call(
     settings: dict[str, str],
 ) -> None:
     """Run a command, passing its output on line by line; its whole output if it fails."""
-    hidden = ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME")
-    inherited = {k: v for k, v in os.environ.items() if k not in hidden}
     process = subprocess.Popen(
         command,
-        env=inherited | settings,
+        env=clean_environment() | settings,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -279,7 +304,12 @@ def check_interpreter(path: str) -> str:
     code = "import sys, ray, json; print(json.dumps([*sys.version_info[:2], ray.__version__]))"
     try:
         answer = subprocess.run(
-            [path, "-c", code], capture_output=True, text=True, timeout=60, check=False
+            [path, "-c", code],
+            env=clean_environment(),  # as a server in it is started
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RewardError(f"environment {path} cannot be run: {error}") from None

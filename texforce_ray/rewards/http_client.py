@@ -48,5 +48,5 @@ class HttpReward:
             }
         )
         if not isinstance(answer, dict) or not isinstance(answer.get("scores"), list):
-            raise RewardError(f"{self.client.url}: the answer has no list 'scores'")
+            raise RewardError(f"{self.client.shown}: the answer has no list 'scores'")
         return [float("nan") if score is None else score for score in answer["scores"]]

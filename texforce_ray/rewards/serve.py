@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -91,12 +92,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         token = self.server.token
-        given = self.headers.get("Authorization", "")
-        if token is not None and not hmac.compare_digest(given, f"Bearer {token}"):
+        given = self.headers.get("Authorization", "").encode("latin-1")  # as it was sent
+        if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
             self._refuse(401, "a bearer token is needed")
             return
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > MAX_REQUEST:
+        # "²" is a digit to Python; and a number of 5,000 digits is refused by int().
+        if not re.fullmatch(r"[0-9]{1,12}", length) or int(length) > MAX_REQUEST:
             self._refuse(413, f"Content-Length should be at most {MAX_REQUEST:,}")
             return
         if not self.server.places.acquire(blocking=False):
@@ -189,6 +191,8 @@ def _continue_in(place: Environment | str, arguments: list[str]) -> None:
     package, link = Path(__file__).parents[1], Path(tempfile.mkdtemp()) / "texforce_ray"
     link.symlink_to(package)
     os.environ["PYTHONPATH"] = os.pathsep.join((str(link.parent), str(Path.cwd())))
+    for name in ("PYTHONHOME", "VIRTUAL_ENV"):  # of another Python
+        os.environ.pop(name, None)
     os.environ["TEXFORCE_IN_ENVIRONMENT"] = "1"
     os.execv(str(python), [str(python), "-m", "texforce_ray.rewards.serve", *arguments])
 

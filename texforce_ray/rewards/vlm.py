@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from texforce_ray.errors import RewardError
+from texforce_ray.rewards.answers import parse_score
 from texforce_ray.rewards.chat import ChatClient
 
 log = logging.getLogger(__name__)
@@ -29,7 +28,9 @@ class VlmJudge:
     url: of the API, e.g. http://localhost:8000/v1. model: its name there. rubric: `{prompt}` stands
     for the prompt, other braces are doubled; it should ask for JSON with "score". low, high: what
     the rubric promises; an answer outside is not a score. concurrency: requests at once. retries:
-    of a request, and of an answer without a score. max_cost: what this server may spend, by input_
+    of a request, and of an answer without a score. max_tokens, temperature, seed: of the request;
+    null leaves the field out, for services that refuse it. extra_body: its further fields, e.g.
+    {max_completion_tokens: 2048}. max_cost: what this server may spend, by input_
     and output_price for a million tokens; max_requests: or how many requests it may make. When
     either is used up, nothing more is scored and the run ends with that message.
     """
@@ -45,7 +46,10 @@ class VlmJudge:
         concurrency: int = 8,
         timeout_s: float = 60.0,
         retries: int = 3,
-        max_tokens: int = 256,
+        max_tokens: int | None = 256,
+        temperature: float | None = 0,
+        seed: int | None = 0,
+        extra_body: dict[str, Any] | None = None,
         max_cost: float | None = None,
         input_price: float = 0.0,
         output_price: float = 0.0,
@@ -68,6 +72,9 @@ class VlmJudge:
             timeout_s=timeout_s,
             retries=retries,
             max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            extra_body=extra_body,
             max_cost=max_cost,
             input_price=input_price,
             output_price=output_price,
@@ -106,27 +113,8 @@ class VlmJudge:
         answer = ""
         for _ in range(self.retries + 1):
             answer = self.chat.ask(question, [image])
-            score = parse_score(answer)
+            score = parse_score(answer, self.high)
             if score is not None and self.low <= score <= self.high:
                 return score
         log.warning("no score from %g to %g in: %.200s", self.low, self.high, answer)
         return math.nan
-
-
-def parse_score(text: str) -> float | None:
-    """The score of an answer: JSON with "score", or "score: 7", or a bare number; else None."""
-    found = None
-    for match in re.finditer(r"\{[^{}]*\}", text):
-        try:
-            found = float(json.loads(match.group())["score"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    if found is None:
-        number = r"(-?\d+(?:\.\d+)?)"
-        labelled = re.findall(rf"\bscore\b[^\d\-]{{0,20}}{number}", text, re.IGNORECASE)
-        bare = re.fullmatch(rf"\W*?{number}(?:\s*/\s*\d+)?\W*", text.strip())
-        if labelled:
-            found = float(labelled[-1])
-        elif bare:
-            found = float(bare.group(1))
-    return found if found is not None and math.isfinite(found) else None

@@ -9,14 +9,26 @@ from typing import Any
 
 import httpx
 
-from texforce_ray.errors import RewardError
+from texforce_ray.errors import RewardError, redacted
+from texforce_ray.rewards import deadline
 
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
 MAX_ANSWER = 4_000_000  # bytes; a service gone wild must not fill the memory
 
 
+class RefusedError(RewardError):
+    """The service did not accept the request; trying again would not help."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class JsonClient:
-    """POSTs JSON to one service and reads JSON back."""
+    """POSTs JSON to one service and reads JSON back.
+
+    timeout_s: of one try. All tries together end before the reward's own deadline.
+    """
 
     def __init__(
         self,
@@ -30,8 +42,9 @@ class JsonClient:
         pause_s: float = 0.5,
     ) -> None:
         if not url.startswith(("http://", "https://")):
-            raise RewardError(f"url {url!r} should begin with http:// or https://")
-        self.url, self.retries, self.timeout_s = url, retries, timeout_s
+            raise RewardError(f"url {redacted(url)!r} should begin with http:// or https://")
+        self.url, self.shown = url, redacted(url)
+        self.retries, self.timeout_s = retries, timeout_s
         self.max_answer, self.pause_s = max_answer, pause_s
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
         self.client = httpx.Client(timeout=timeout_s, headers=headers, limits=limits)
@@ -40,39 +53,46 @@ class JsonClient:
         """The answer, after at most `retries` further tries; thread-safe.
 
         Raises:
+            RefusedError: the service does not accept the request.
             RewardError: with the service's last word.
         """
-        problem = ""
+        problem, tries = "not asked", 0
         for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(self.pause_s * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))
+            pause = self.pause_s * 2 ** (attempt - 1) * random.uniform(0.8, 1.2) if attempt else 0.0
+            if deadline.left() <= pause:
+                problem += "; no time is left before the reward's timeout_s"
+                break
+            time.sleep(pause)
+            tries += 1
             try:
                 code, data = self._once(body)
             except httpx.HTTPError as error:
-                problem = f"{type(error).__name__}: {error}"
+                problem = redacted(f"{type(error).__name__}: {error}")
                 continue
             if code in _AGAIN:
                 problem = f"HTTP {code}: {data[:300].decode(errors='replace')}"
                 continue
             if code >= 400:
-                raise RewardError(f"{self.url}: HTTP {code}: {data[:300].decode(errors='replace')}")
+                words = data[:300].decode(errors="replace")
+                raise RefusedError(f"{self.shown}: HTTP {code}: {words}", code)
             try:
                 return json.loads(data)
             except ValueError:
                 problem = f"the answer is not JSON: {data[:100].decode(errors='replace')!r}"
-        raise RewardError(f"{self.url}: {problem} (after {self.retries + 1} tries)")
+        raise RewardError(f"{self.shown}: {problem} (after {tries} tries)")
 
     def _once(self, body: Any) -> tuple[int, bytes]:
         # httpx's timeout is for each read: a service that dribbles would hold on for ever.
-        deadline = time.monotonic() + self.timeout_s
-        with self.client.stream("POST", self.url, json=body) as answer:
+        seconds = min(self.timeout_s, max(0.001, deadline.left()))
+        end = time.monotonic() + seconds
+        with self.client.stream("POST", self.url, json=body, timeout=seconds) as answer:
             data = b""
             for part in answer.iter_bytes():
                 data += part
                 if len(data) > self.max_answer:
                     raise RewardError(
-                        f"{self.url}: the answer is larger than {self.max_answer:,} bytes"
+                        f"{self.shown}: the answer is larger than {self.max_answer:,} bytes"
                     )
-                if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout(f"no whole answer within {self.timeout_s:g} s")
+                if time.monotonic() > end:
+                    raise httpx.ReadTimeout(f"no whole answer within {seconds:.3g} s")
             return answer.status_code, data

@@ -1,0 +1,227 @@
+"""Reads scores and rankings out of a model's prose; what can be read in two ways is no answer.
+
+JSON counts first, and of nested JSON the outermost. In prose, only a number counts that cannot be
+the end of a scale, a maximum or a count of something. A wrong score trains; None is asked again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+_THOUGHTS = re.compile(r"<(think|thinking)>.*?(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"```[a-zA-Z]*\s*\n?(.*?)```", re.DOTALL)
+
+_N = r"(?<![\w.,])[-+]?\d+(?:[.,]\d+)?(?![\w]|[.,]\d)"
+# The ends of a scale: "0-10", "from 0 (nothing) to 10", "between 1 and 5".
+_NOTE = r"(?:\s*\([^()\d]*\))?"
+_RANGE = re.compile(
+    rf"{_N}{_NOTE}\s*(?:-|–|—|\.{{2,3}}|…|\bto\b|\bthrough\b|\bor\b)\s*\d+(?:[.,]\d+)?(?!\w){_NOTE}"
+    rf"|\bbetween\s+{_N}{_NOTE}\s+and\s+{_N}{_NOTE}",
+    re.IGNORECASE,
+)
+_BEST = (
+    r"(?:max(?:imum|\.)?|min(?:imum|\.)?|perfect|full|highest|lowest|best|worst|top|possible|total)"
+)
+_OF = r"(?:points?|scores?|marks?|value|rating)"
+_MAXIMUM = re.compile(
+    rf"\b{_BEST}(?:\s+possible)?(?:\s+{_OF})?(?:\s+(?:is|of|being|would be|=|:))*\s*:?\s*{_N}"
+    rf"|(?<!\d)/\s*{_N}|\bout\s+of\s+(?:an?\s+|the\s+)?{_N}"
+    rf"|\b(?:scale|range)\s+of\s+{_N}|{_N}[\s-]*(?:point|star)s?\s+scale\b"
+    rf"|{_N}\s*(?:is|being|means|=|would be|for)\s+(?:the\s+|an?\s+)?"
+    rf"(?:{_BEST}|nothing|everything|good|bad)\b"
+    rf"|{_N}\s+(?:points?\s+)?{_BEST}\b",
+    re.IGNORECASE,
+)
+_SCALE = "§"  # stands where a range was
+# A number and what it is out of: "7/10", "7 out of 10", "4 out of a maximum score of 10".
+_OUT_OF = re.compile(
+    rf"({_N})\s*(?:{_OF}\s*)?\(?(?:/|\bout\s+of\b)\s*(?:an?\s+|the\s+)?(?:{_BEST}\s+)*"
+    rf"(?:{_OF}\s+of\s+)?({_N})(?:\s*{_OF}\b)?\)?",
+    re.IGNORECASE,
+)
+_SHARE = rf"({_N})(?:/({_N}))?(?!\s*(?:[%/+=<>×]|percent|of\b|x\b|minus\b|plus\b|-?\s*\d))"
+_LABEL = r"\b(?:score|rating|grade|verdict)\b"
+_HOW = r"(?:\s*(?:[:=]|→|->|\s-\s|\bis\b|\bwas\b|\bof\b|\bwould be\b|\bwill be\b|\bat\b))*"
+_SOME = r"\s*(?:an?\s+)?"
+_LABELLED = re.compile(
+    rf"(\b(?:final|overall|total)\s+)?{_LABEL}"
+    rf"(?:\s*\([^()\d]*\))?(?:\s*(?:from|between|on|in|of|range)?\s*{_SCALE}[\s,.…]*)?"
+    rf"{_HOW}{_SOME}{_SHARE}",
+    re.IGNORECASE,
+)
+_END = r"(?=\s*(?:$|[.,;:!?)\n]|\b(?:because|since|as|for|due|overall|points?|on|in|given)\b))"
+_GIVEN = re.compile(
+    r"\b(?:rate|rated|give|given|grade|assign|deserves?|earns?|gets?|receives?|merits?|score)\b"
+    rf"[^\d.!?;:\n§]{{0,40}}?{_SHARE}{_END}",
+    re.IGNORECASE,
+)
+_ALONE = re.compile(rf"\W*?{_SHARE}\W*", re.IGNORECASE)
+
+
+def parse_score(text: str, high: float | None = None) -> float | None:
+    """The score of an answer, or None where there is none or more than one.
+
+    JSON with "score" (outermost object), "Score: 7", "I give it 7 out of 10", or a bare number.
+    "7,5" is 7.5. `high`: the scale's end; a score out of another maximum is none.
+    """
+    text = _THOUGHTS.sub(" ", text)
+    objects = [o for o in _objects(text) if _field(o, "score") is not _NOTHING]
+    if len(objects) > 1 and (fenced := _fenced(text, "score")) is not None:
+        objects = [fenced]
+    if objects:
+        return _agreed([_value(_field(o, "score"), high) for o in objects])
+    return _from_prose(re.sub(r"[*_`#]|^\s*>", "", _without_json(text), flags=re.MULTILINE), high)
+
+
+def _from_prose(text: str, high: float | None) -> float | None:
+    text = _OUT_OF.sub(r"\1/\2", text)
+    if whole := _ALONE.fullmatch(text.strip()):
+        return _share(whole.group(1), whole.group(2), high)
+    plain = _MAXIMUM.sub(_SCALE, _RANGE.sub(_SCALE, text))
+    found = list(_LABELLED.finditer(plain))
+    final = [match for match in found if match.group(1)]
+    pairs = [(m.group(2), m.group(3)) for m in final or found]
+    if not final:
+        pairs += [(m.group(1), m.group(2)) for m in _GIVEN.finditer(plain)]
+    for line in plain.splitlines():
+        whole = _ALONE.fullmatch(line.strip())
+        if whole and whole.group(2):
+            pairs.append((whole.group(1), whole.group(2)))
+    return _agreed([_share(number, most, high) for number, most in pairs])
+
+
+def _share(number: str, most: str | None, high: float | None) -> float | None:
+    value, limit = _number(number), _number(most) if most else None
+    if value is None or (limit is not None and (value > limit or high not in (None, limit))):
+        return None
+    return value
+
+
+def _number(text: str) -> float | None:
+    """7.5 and 7,5; not 1,000, which may be either."""
+    whole, comma, part = text.partition(",")
+    if comma and len(part) > 2:
+        return None
+    value = float(f"{whole}.{part}") if comma else float(text)
+    return value if math.isfinite(value) else None
+
+
+def _value(value: Any, high: float | None) -> float | None:
+    if isinstance(value, str):
+        whole = _ALONE.fullmatch(_OUT_OF.sub(r"\1/\2", value.strip()))
+        return _share(whole.group(1), whole.group(2), high) if whole else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _agreed(values: list[float | None]) -> float | None:
+    """The one value that all of them are."""
+    return values[0] if values and all(value == values[0] for value in values) else None
+
+
+def parse_ranking(text: str, count: int) -> list[int] | None:
+    """Places from 0, best first, out of an answer; None unless it names each image once."""
+    text = _THOUGHTS.sub(" ", text)
+    objects = _objects(text)
+    named = [o for o in objects if _field(o, "ranking") is not _NOTHING]
+    if len(named) > 1 and (fenced := _fenced(text, "ranking")) is not None:
+        named = [fenced]
+    if named:
+        found = [_permutation(_field(o, "ranking"), count) for o in named]
+    else:
+        values = [value for o in objects for _, value in o]
+        values += list(_values(text, "["))
+        found = [p for value in values if (p := _permutation(value, count)) is not None]
+    return found[0] if found and all(other == found[0] for other in found) else None
+
+
+def _permutation(value: Any, count: int) -> list[int] | None:
+    if not isinstance(value, list) or any(type(number) is not int for number in value):
+        return None
+    places = [number - 1 for number in value]
+    return places if sorted(places) == list(range(count)) else None
+
+
+# ---- JSON in prose -------------------------------------------------------------------------------
+
+_Pairs = list[tuple[str, Any]]
+_NOTHING = object()  # no such field
+_TWICE = object()  # a field with two values is no value of any kind
+
+
+class _Object(list[tuple[str, Any]]):
+    """A JSON object as its pairs: a key that stands twice must not pass for one."""
+
+
+def _objects(text: str) -> list[_Pairs]:
+    return list(_values(text, "{"))
+
+
+def _field(pairs: _Pairs, name: str) -> Any:
+    values = [value for key, value in pairs if key.strip().lower() == name]
+    if len(values) > 1:
+        return _TWICE
+    return values[0] if values else _NOTHING
+
+
+def _fenced(text: str, name: str) -> _Pairs | None:
+    """The object with this field in the only code block that has one: after thinking aloud."""
+    found = [o for block in _FENCE.findall(text) for o in _objects(block)]
+    named = [o for o in found if _field(o, name) is not _NOTHING]
+    return named[0] if len(named) == 1 else None
+
+
+def _values(text: str, opening: str) -> Iterator[Any]:
+    """Outermost JSON values that begin with `opening`; what lies inside of others is not looked at.
+
+    Whatever begins with a brace and is no JSON hides what is in it, too: a cut-off object's first
+    inner one must not pass for the answer.
+    """
+    decoder = json.JSONDecoder(object_pairs_hook=_Object)
+    for start, end in _regions(text, opening):
+        try:
+            value, _ = decoder.raw_decode(text[start:end])
+        except (ValueError, RecursionError):
+            continue
+        if text[start] == opening:
+            yield value
+
+
+def _regions(text: str, opening: str) -> Iterator[tuple[int, int]]:
+    """Where brackets open and close again, from outside; one that never closes goes to the end."""
+    # An object hides the lists in it, and a list the objects only if lists are looked for.
+    starts = "{[" if opening == "[" else "{"
+    place = 0
+    while (start := min((p for b in starts if (p := text.find(b, place)) >= 0), default=-1)) >= 0:
+        depth, quoted, end = 0, False, start
+        while end < len(text):
+            letter = text[end]
+            if quoted:
+                end += letter == "\\"
+                quoted = letter != '"'
+            elif letter == '"':
+                quoted = True
+            else:
+                depth += (letter in "{[") - (letter in "}]")
+            end += 1
+            if not depth:
+                break
+        yield start, end
+        place = end
+
+
+def _without_json(text: str) -> str:
+    """Prose alone, so that no number in a broken object is taken for the answer."""
+    parts, place = [], 0
+    for start, end in _regions(text, "{"):
+        parts.append(text[place:start])
+        place = end
+    return " ".join([*parts, text[place:]])
