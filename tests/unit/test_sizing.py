@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from texforce_ray.actors.sizing import find_sizes, with_sizes
+from texforce_ray.actors import sizing as actors_sizing
+from texforce_ray.actors.placement import options
+from texforce_ray.actors.sizing import find_size, with_sizes
+from texforce_ray.config import Config
 from texforce_ray.config_io import make_config
 from texforce_ray.errors import ConfigError, ResourceError
 from texforce_ray.model import flops
 from texforce_ray.model.attention import group_rows
 from texforce_ray.model.backbone import Backbone
-from texforce_ray.model.sizing import batch_candidates, largest_that_fits
+from texforce_ray.model.sizing import (
+    batch_candidates,
+    largest_that_fits,
+    microbatch_candidates,
+)
+from texforce_ray.rl import sizing as work
 
 Load = Callable[[], Backbone]
 SAMPLES = {"per_iteration": 3, "samples_per_prompt": 8}
@@ -49,9 +61,9 @@ def test_sizes_left_to_memory_are_found_and_stored() -> None:
         }
     )
     assert batch_candidates(config) == [1, 2, 3, 4, 6, 8, 12, 24]
-    assert find_sizes(config) == (24, 64)
+    assert (find_size(config, "rollout"), find_size(config, "learner")) == (24, 64)
     known = make_config({"prompts": SAMPLES, "rollout": {"batch_size": 8}})
-    assert asyncio.run(with_sizes(known)) is known
+    assert asyncio.run(with_sizes(known)) == known
     assert config.sized_like(known).rollout.batch_size == 8
     assert config.sized_like(known).learner.microbatch_size == known.learner.microbatch_size
 
@@ -108,3 +120,152 @@ def test_attention_on_a_cpu_counts() -> None:
     found = flops.count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, k))
     assert found == 2 * 2 * 2 * 4 * 64 * 77 * 16
     assert flops.matmul_peak(torch.device("cpu"), torch.float32) > 1e8
+
+
+def test_memory_of_a_gpu_grows_in_segments_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    given = options({"CPU": 1, "GPU": 0.5})["runtime_env"]["env_vars"]
+    assert given == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert not set(names) & options({"CPU": 1})["runtime_env"]["env_vars"].keys()
+    for name in names:
+        with monkeypatch.context() as user:
+            user.setenv(name, "max_split_size_mb:128")
+            assert options({"GPU": 1})["runtime_env"]["env_vars"] == {}
+
+
+class _Ray:
+    """In Ray's place: notes what is asked for; its tasks never end."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.cancelled: list[Any] = []
+
+    def remote(self, function: Any) -> _Ray:
+        return self
+
+    def options(self, **options: Any) -> Any:
+        self.asked.append(options)
+        return SimpleNamespace(remote=lambda *_: SimpleNamespace(future=Future))
+
+    def cancel(self, task: Any, *, force: bool) -> None:
+        assert force
+        self.cancelled.append(task)
+
+
+def _auto(**sections: Any) -> Config:
+    return make_config(
+        {"prompts": {"per_iteration": 4, "samples_per_prompt": 8}}
+        | {"ray": {"start_timeout_s": 0.1, "resource_timeout_s": 0.1}}
+        | sections
+    )
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "gpus"),
+    [
+        ({"rollout": {"batch_size": "auto", "num_gpus": 0.5}}, "rollout.batch_size", 0.5),
+        ({"learner": {"microbatch_size": "auto", "num_gpus": 0.25}}, "microbatch_size", 0.25),
+        (
+            {
+                "rollout": {"num_gpus": 1},
+                "learner": {"microbatch_size": "auto", "colocated": True},
+            },
+            "learner.microbatch_size",
+            1,
+        ),
+    ],
+    ids=["rollout", "learner", "colocated"],
+)
+def test_a_measurement_without_an_answer_is_cancelled_and_explained(
+    monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], key: str, gpus: float
+) -> None:
+    fake = _Ray()
+    monkeypatch.setattr(actors_sizing, "ray", fake)
+    monkeypatch.setattr(actors_sizing, "patience", lambda config: config.ray.resource_timeout_s)
+    monkeypatch.setattr(actors_sizing, "free_nodes", lambda: [{"CPU": 4.0, "GPU": 0.1}])
+    with pytest.raises(ResourceError, match=rf"{key}: 'auto' was not found.*no room.*GPU"):
+        asyncio.run(with_sizes(_auto(**sections)))
+    assert [asked["num_gpus"] for asked in fake.asked] == [gpus]
+    assert len(fake.cancelled) == 1
+
+
+TINY = {
+    "diffusion": {"steps": 4, "guidance_scale": 2.0},
+    "prompts": {"per_iteration": 4, "samples_per_prompt": 8},
+    "rollout": {"batch_size": 8},
+    "lora": {"unet": {}},
+}
+
+
+class _Unet:
+    """Watches a backbone's U-Net: samples in each of its passes, and whether it had adapters."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.rows: list[int] = []
+        self.adapted: list[bool] = []
+        self._unet = backbone.unet
+        backbone.unet.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, _: Any, args: Any, kwargs: Any) -> None:
+        self.rows.append(len(args[0] if args else kwargs["sample"]))
+        layers = [m for m in self._unet.modules() if isinstance(m, BaseTunerLayer)]
+        self.adapted.append(bool(layers) and not layers[0].disable_adapters)
+
+
+def test_sampling_is_measured_with_the_adapters_of_every_part(tiny_backbone: Load) -> None:
+    backbone = tiny_backbone()
+    seen = _Unet(backbone)
+    work.sampling(backbone, make_config(TINY))(8)
+    assert seen.rows == [16, 16], "two steps, with guidance"
+    assert all(seen.adapted)
+    latent = int(np.prod(backbone.latent_shape))
+    assert work.stored_bytes(backbone, make_config(TINY)) == 2 * 2 * 4 * latent
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.1])
+def test_updates_are_measured_with_u_net_lora_and_kl_pass(
+    tiny_backbone: Load, kl_weight: float
+) -> None:
+    backbone = tiny_backbone()
+    seen = _Unet(backbone)
+    config = make_config(TINY | {"ppo": {"kl_weight": kl_weight}})
+    run, most = work.update(backbone, config)
+    assert most == 8 * 2, "a minibatch's samples by the steps that are trained"
+    for size, chunks in ((2, [2] * 4), (16, [16])):
+        seen.rows.clear(), seen.adapted.clear()
+        run(size)
+        passes = 2 if kl_weight else 1
+        assert seen.rows == [2 * rows for rows in chunks for _ in range(passes)]
+        assert seen.adapted == [True, False][:passes] * len(chunks)
+    left = [m for m in backbone.unet.modules() if isinstance(m, BaseTunerLayer)]
+    assert not left, "the next size starts from the base"
+
+
+@pytest.mark.parametrize("method", ["refl", "draft", "alignprop"])
+def test_direct_backpropagation_is_measured_with_vae_and_reward(
+    tiny_backbone: Load, method: str
+) -> None:
+    backbone = tiny_backbone()
+    seen, scored = _Unet(backbone), []
+
+    def reward(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        scored.append((tuple(images.shape), images.requires_grad))
+        return images.mean(dim=(1, 2, 3))
+
+    rewards = [{"name": "shapes_scorer"}]
+    config = make_config(TINY | {"direct": {"method": method, "steps": 3}, "rewards": rewards})
+    run, most = work.update(backbone, config, reward)
+    assert most == 8
+    run(4)
+    assert scored == [((4, 3, 64, 64), True)]
+    assert seen.rows == [8] * (1 if method == "refl" else 3), "the most steps that may be drawn"
+
+
+def test_microbatches_end_where_there_are_no_more_pairs() -> None:
+    assert microbatch_candidates(1) == [1]
+    assert microbatch_candidates(48) == [1, 2, 4, 8, 16, 32, 64]
+    assert microbatch_candidates()[-1] == 1024

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from typing import Literal, TypeAlias
 
 import ray
 from ray.exceptions import RayError
 
 from texforce_ray.actors.autoscaling import patience
-from texforce_ray.actors.fit import needs
-from texforce_ray.actors.placement import options
+from texforce_ray.actors.fit import Request, needs, shortage
+from texforce_ray.actors.placement import free_nodes, has_room, options
 from texforce_ray.actors.pool import readable
-from texforce_ray.config import Config
+from texforce_ray.config import Config, LearnerConfig, RolloutConfig
+from texforce_ray.errors import ResourceError
+
+Role: TypeAlias = Literal["rollout", "learner"]
+_KEYS: dict[Role, str] = {"rollout": "rollout.batch_size", "learner": "learner.microbatch_size"}
 
 
 def needs_sizes(config: Config) -> bool:
@@ -21,49 +27,82 @@ def needs_sizes(config: Config) -> bool:
 async def with_sizes(config: Config) -> Config:
     """The config with every 'auto' size replaced by what fits.
 
-    A size decides how results round, so it is found once, here, and stored with the run.
+    A size decides how results round, so it is found once, here, and stored with the run. Each
+    role's is found where its actors will be: with their resources.
 
     Raises:
-        ResourceError: one sample does not fit.
+        ResourceError: one sample does not fit, or no answer in time.
         ActorError: the model could not be loaded there.
     """
-    if not needs_sizes(config):
-        return config
-    role = config.rollout if not config.rollout.batch_size else config.learner
-    where = options(needs(config, role))
-    task = ray.remote(find_sizes).options(**where, max_retries=0).remote(config)
+    rollout, learner = config.rollout, config.learner
+    if not rollout.batch_size:
+        rollout = rollout.model_copy(update={"batch_size": await _found(config, "rollout")})
+    if not learner.microbatch_size:
+        learner = learner.model_copy(update={"microbatch_size": await _found(config, "learner")})
+    return config.model_copy(update={"rollout": rollout, "learner": learner})
+
+
+async def _found(config: Config, role: Role) -> int:
+    resources = needs(config, _host(config, role))
+    task = ray.remote(find_size).options(**options(resources), max_retries=0).remote(config, role)
     timeout = config.ray.start_timeout_s + patience(config)
     try:
-        batch, micro = await asyncio.wait_for(asyncio.wrap_future(task.future()), timeout)
+        return await asyncio.wait_for(asyncio.wrap_future(task.future()), timeout)
     except RayError as error:
-        raise readable("sizing", "finding batch sizes", error) from None
-    return config.model_copy(
-        update={
-            "rollout": config.rollout.model_copy(update={"batch_size": batch}),
-            "learner": config.learner.model_copy(update={"microbatch_size": micro}),
-        }
-    )
+        raise readable("sizing", f"finding {_KEYS[role]}", error) from None
+    except TimeoutError:
+        asked, nodes = [Request(f"measurement of {_KEYS[role]}", 1, resources)], free_nodes()
+        cause = "it was still at work"
+        if not has_room(asked, nodes):
+            cause = "; ".join(["the cluster has no room for it", *shortage(asked, nodes)])
+        raise ResourceError(
+            f"{_KEYS[role]}: 'auto' was not found within {timeout:.0f} s (ray.start_timeout_s and "
+            f"the time to wait for room): {cause}. Raise ray.start_timeout_s, or set the size to a "
+            "number"
+        ) from None
+    finally:  # whoever stops waiting, the device is needed for the run
+        with contextlib.suppress(RayError, ValueError):
+            ray.cancel(task, force=True)
 
 
-def find_sizes(config: Config) -> tuple[int, int]:
-    """(rollout.batch_size, learner.microbatch_size) for the device of this process."""
+def _host(config: Config, role: Role) -> RolloutConfig | LearnerConfig:
+    """The part of the config that says what the role's actor may use."""
+    shared = role == "learner" and config.learner.colocated
+    return config.rollout if role == "rollout" or shared else config.learner
+
+
+def find_size(config: Config, role: Role) -> int:
+    """`rollout.batch_size` or `learner.microbatch_size` for the device of this process."""
     from texforce_ray.actors.rollout import quiet_libraries
     from texforce_ray.model import sizing
     from texforce_ray.model.backbone import load_config_backbone
 
     candidates = sizing.batch_candidates(config)
-    batch, micro = config.rollout.batch_size, config.learner.microbatch_size
-    device = config.model.device
-    if device == "cpu" or (device == "auto" and not config.rollout.num_gpus):
-        most = max(n for n in candidates if n <= sizing.CPU_BATCH)
-        return batch or most, micro or sizing.CPU_MICROBATCH
+    on_cpu = max(n for n in candidates if n <= sizing.CPU_BATCH)
+    if role == "learner":
+        on_cpu = sizing.CPU_MICROBATCH
+    gpus = _host(config, role).num_gpus
+    if config.model.device == "cpu" or (config.model.device == "auto" and not gpus):
+        return on_cpu
     quiet_libraries()
-    backbone = load_config_backbone(config.model, config.rollout.num_gpus)
-    if not batch:
-        room = sizing.budget(backbone, config.rollout.num_gpus)
-        batch = sizing.largest_that_fits(sizing.rollout_bytes(backbone, config), candidates, room)
-    if not micro:
-        room = sizing.budget(backbone, config.learner.num_gpus)
-        measure = sizing.update_bytes(backbone, config)
-        micro = sizing.largest_that_fits(measure, sizing.microbatch_candidates(), room)
-    return batch, micro
+    backbone = load_config_backbone(config.model, gpus)
+    device = backbone.device
+    if device.type != "cuda":
+        return on_cpu
+    from texforce_ray.rl.sizing import sampling, stored_bytes, update
+
+    room = sizing.budget(device, gpus)
+    if role == "rollout":
+        work, stored = sampling(backbone, config), stored_bytes(backbone, config)
+        return sizing.largest_that_fits(
+            lambda n: sizing.peak(device, lambda: work(n)) + n * stored, candidates, room
+        )
+    reward = None
+    if config.direct is not None:
+        from texforce_ray.rewards.differentiable import total_of
+
+        reward = total_of(config.rewards, device.type)
+    work, most = update(backbone, config, reward)
+    return sizing.largest_that_fits(
+        lambda n: sizing.peak(device, lambda: work(n)), sizing.microbatch_candidates(most), room
+    )

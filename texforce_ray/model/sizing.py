@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
 from texforce_ray.config import Config
-from texforce_ray.diffusion import ddim
-from texforce_ray.diffusion.sampler import Sampler, policy_output
 from texforce_ray.errors import ResourceError
-from texforce_ray.model.backbone import Backbone
 
 # On a CPU larger batches are not faster: their activations leave the caches.
 CPU_BATCH, CPU_MICROBATCH = 32, 64
@@ -25,8 +21,9 @@ def batch_candidates(config: Config) -> list[int]:
     return [n for n in range(1, min(samples, _MOST) + 1) if samples % n == 0]
 
 
-def microbatch_candidates() -> list[int]:
-    return [2**n for n in range(_MOST.bit_length())]
+def microbatch_candidates(most: int = _MOST) -> list[int]:
+    """Powers of two, ascending, up to the first that holds `most` pairs."""
+    return [2**n for n in range((min(most, _MOST) - 1).bit_length() + 1)]
 
 
 def largest_that_fits(
@@ -38,13 +35,14 @@ def largest_that_fits(
         ResourceError: not even the smallest one does.
     """
     least = candidates[0]
-    if len(candidates) == 1 or (one := peak_bytes(least)) > budget:
-        if peak_bytes(least) > budget:
-            raise ResourceError(
-                f"a batch of {least} needs {peak_bytes(least) / 2**30:.1f} GiB of the device's "
-                f"memory, this actor may use {budget / 2**30:.1f} GiB; use half precision "
-                "(model.dtype=float16), learner.gradient_checkpointing=true, or a larger num_gpus"
-            )
+    if (one := peak_bytes(least)) > budget:
+        needed = f"{one / 2**30:.1f} GiB" if one < float("inf") else "more than there is"
+        raise ResourceError(
+            f"a batch of {least} needs {needed} of the device's memory, this actor may use "
+            f"{budget / 2**30:.1f} GiB; use half precision (model.dtype=float16), "
+            "learner.gradient_checkpointing=true, or a larger num_gpus"
+        )
+    if len(candidates) == 1:
         return least
     slope = max(1.0, (peak_bytes(candidates[1]) - one) / (candidates[1] - least))
     for size in reversed(candidates):
@@ -54,51 +52,18 @@ def largest_that_fits(
     return least
 
 
-def rollout_bytes(backbone: Backbone, config: Config) -> Callable[[int], float]:
-    """Peak memory of a unit of work, by its size; infinite where the device runs out."""
-    d = config.diffusion
-    sampler = Sampler(
-        backbone,
-        steps=2,
-        eta=d.eta,
-        guidance_scale=d.guidance_scale,
-        decode_batch_size=config.rollout.decode_batch_size,
-    )
-    return lambda size: _peak(
-        backbone, lambda: sampler.sample(["a prompt"] * size, np.arange(size), 0)
-    )
-
-
-def update_bytes(backbone: Backbone, config: Config) -> Callable[[int], float]:
-    """Peak memory of one pass of the learner through the U-Net and back, by its pairs."""
-    d = config.diffusion
-    table = ddim.step_table(backbone.scheduler, d.steps, d.eta).to(backbone.device)
-    if config.learner.gradient_checkpointing:
-        backbone.unet.enable_gradient_checkpointing()
-
-    def run(size: int) -> None:
-        with torch.enable_grad():
-            prepared = backbone.prepare(backbone.encode(backbone.tokenize(["", "a prompt"]).ids))
-            leaf = prepared.map(lambda t: t.detach().requires_grad_(t.is_floating_point()))
-            x = torch.zeros(size, *backbone.latent_shape, device=backbone.device)
-            step = torch.zeros(size, dtype=torch.long, device=backbone.device)
-            rows = np.ones(size, dtype=np.int64)
-            policy_output(backbone, table, step, x, leaf, rows, d.guidance_scale).sum().backward()
-
-    return lambda size: _peak(backbone, lambda: run(size))
-
-
-def budget(backbone: Backbone, num_gpus: float) -> float:
+def budget(device: torch.device, num_gpus: float) -> float:
     """What a process that was given `num_gpus` of a device may use of its memory."""
-    total = torch.cuda.get_device_properties(backbone.device).total_memory
+    total = torch.cuda.get_device_properties(device).total_memory
     return _SHARE * min(1.0, num_gpus or 1.0) * total
 
 
-def _peak(backbone: Backbone, work: Callable[[], object]) -> float:
+def peak(device: torch.device, work: Callable[[], object]) -> float:
+    """Bytes of the device's memory that `work` takes at most; infinite where it runs out."""
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(backbone.device)
+    torch.cuda.reset_peak_memory_stats(device)
     try:
         work()
     except torch.cuda.OutOfMemoryError:
         return float("inf")
-    return float(torch.cuda.max_memory_reserved(backbone.device))
+    return float(torch.cuda.max_memory_reserved(device))
