@@ -15,7 +15,7 @@ from torch import Tensor
 
 from texforce_ray.errors import ConfigError
 from texforce_ray.model.lora_layers import A, B, listed, prefixed
-from texforce_ray.model.snapshot import UNET, PolicySnapshot, Tensors
+from texforce_ray.model.snapshot import UNET, LoraShape, PolicySnapshot, Tensors
 
 PREFIXES = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
 _ENDS = (".lora_down.weight", ".lora_up.weight", ".alpha")
@@ -106,9 +106,32 @@ def to_kohya(snapshot: PolicySnapshot) -> Tensors:
     xl = "text_encoder_2" in snapshot.adapters
     tensors: Tensors = {}
     for part, adapter in snapshot.adapters.items():
+        shape = snapshot.shapes[part]
         for key, value in adapter.items():
             end = A if key.endswith(A) else B
             name = kohya_name(part, key.removesuffix(end), xl)
             tensors[name + (_ENDS[0] if end == A else _ENDS[1])] = value
-            tensors[name + _ENDS[2]] = np.array(snapshot.shapes[part].alpha, dtype=np.float32)
+            tensors[name + _ENDS[2]] = np.array(shape.alpha, dtype=np.float32)
+        tensors |= _marker(part, adapter, shape, xl)
     return tensors
+
+
+def _marker(part: str, adapter: Tensors, shape: LoraShape, xl: bool) -> Tensors:
+    """A layer of zeros on an output projection, where a text encoder's adapter has none.
+
+    diffusers knows kohya's attention layers by `out_proj` alone: without one it leaves out all the
+    others, with a warning (0.42), or raises.
+    """
+    names = [key.removesuffix(A) for key in adapter if key.endswith(A)]
+    attention = [name for name in names if name.endswith(("q_proj", "k_proj", "v_proj"))]
+    if part == UNET or not attention or any(name.endswith("out_proj") for name in names):
+        return {}
+    width = adapter[attention[0] + A].shape[1]
+    name = kohya_name(part, attention[0].rpartition(".")[0] + ".out_proj", xl)
+    rank = adapter[attention[0] + A].shape[0]
+    return {
+        name + _ENDS[0]: np.zeros((rank, width), dtype=np.float32),
+        name + _ENDS[1]: np.zeros((width, rank), dtype=np.float32),
+        # The same scale as the others': diffusers mistakes a text encoder's differing ones.
+        name + _ENDS[2]: np.array(shape.alpha, dtype=np.float32),
+    }

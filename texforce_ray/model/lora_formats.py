@@ -143,13 +143,21 @@ def read_file(file: Path, origin: str, layers_per_block: int = 2) -> PolicySnaps
         pairs = pair_layers(part, arrays(tensors), origin)
         layers = {}
         for name, pair in pairs.items():
+            if kohya is not None and not pair[A].any() and not pair[B].any():
+                continue  # a layer that says only what file this is, as `to_kohya` writes
             rank = pair[A].shape[0]
             alpha = scales[part].alpha_of(name, rank) if part in scales else float(rank)
             layers[name] = Layer(pair[A], pair[B], wanted.get(f"{part}.{name}", alpha))
         read[part] = layers, None
     if kohya is not None:
-        check_names({part: set(layers) for part, (layers, _) in read.items()}, kohya, origin)
+        check_names({part: _layer_names(tensors) for part, tensors in named.items()}, kohya, origin)
+    if not all(layers for layers, _ in read.values()):
+        raise ConfigError(f"{origin} holds nothing but zeros")
     return assemble(read)
+
+
+def _layer_names(tensors: Mapping[str, Tensor]) -> set[str]:
+    return {key.removesuffix(A) for key in tensors if key.endswith(A)}
 
 
 def _split_alphas(
