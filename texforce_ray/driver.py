@@ -21,7 +21,8 @@ import ray
 from ray.exceptions import RayError
 
 from texforce_ray.actors.autoscaling import Autoscaler
-from texforce_ray.actors.crew import Crew, Roles, connect
+from texforce_ray.actors.connection import check_startable, connect
+from texforce_ray.actors.crew import Crew, Roles
 from texforce_ray.actors.environments import chosen, prepare_environments
 from texforce_ray.actors.placement import wait_for_room
 from texforce_ray.actors.pool import readable
@@ -135,6 +136,7 @@ def _run_beside(job: Coroutine[Any, Any, RunResult]) -> RunResult:
 
 def check_inputs(config: Config) -> tuple[list[Prompt], list[Prompt]]:
     """Training and evaluation prompts; fails before anything is started if an input is wrong."""
+    check_startable(config)
     locate_model(config.model.path)
     check_trackers(config.track)
     for reward in config.rewards:

@@ -215,7 +215,8 @@ async def _evaluate(
     import ray
 
     from texforce_ray.actors.autoscaling import Autoscaler
-    from texforce_ray.actors.crew import Crew, connect
+    from texforce_ray.actors.connection import connect
+    from texforce_ray.actors.crew import Crew
     from texforce_ray.actors.environments import prepare_environments
     from texforce_ray.actors.placement import wait_for_room
     from texforce_ray.collect import count_truncated

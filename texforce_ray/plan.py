@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,10 +52,10 @@ def look(config: Config) -> Cluster:
     import ray
 
     from texforce_ray.actors.autoscaling import at_work
-    from texforce_ray.actors.crew import connect
+    from texforce_ray.actors.connection import address_of, connect
     from texforce_ray.actors.placement import free_nodes, this_machine
 
-    if not (ray.is_initialized() or config.ray.address or os.environ.get("RAY_ADDRESS")):
+    if not ray.is_initialized() and address_of(config)[0] is None:
         nodes = this_machine()
         return Cluster("this machine", nodes, dict(nodes[0]))
     mine = not ray.is_initialized()

@@ -6,9 +6,11 @@ microseconds; Ray's own agent sends them on.
 
 from __future__ import annotations
 
+import string
 from collections import Counter as Count
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +35,7 @@ class Telemetry:
     """
 
     def __init__(self, run: str, iterations: int, samples: int) -> None:
-        self._run, self._samples = {"run": run}, samples
+        self._run, self._samples = {"run": _ascii(run)}, samples
         self._gauges: dict[str, Gauge] = {}
         self._phases: set[str] = set()
         self._total = Counter("texforce_samples_total", LIVE["texforce_samples_total"][0], ("run",))
@@ -82,4 +84,10 @@ class Telemetry:
     def _set(self, name: str, meaning: str, value: float, labels: Mapping[str, str]) -> None:
         if name not in self._gauges:
             self._gauges[name] = Gauge(name, meaning, ("run", *labels))
-        self._gauges[name].set(float(value), {**self._run, **labels})
+        safe = {key: _ascii(text) for key, text in labels.items()}
+        self._gauges[name].set(float(value), {**self._run, **safe})
+
+
+def _ascii(text: str) -> str:
+    """A label's value as Ray takes it: other characters percent-encoded, as in URLs."""
+    return quote(text, safe=string.punctuation + " ")

@@ -23,7 +23,7 @@ def cluster() -> Iterator[None]:
     """A local Ray, as a run with isolated rewards starts it."""
     import ray
 
-    from texforce_ray.actors.crew import connect
+    from texforce_ray.actors.connection import connect
 
     connect(_config({"name": "hand"}))
     yield

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
-import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +15,8 @@ import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import remove_placement_group
 
-import texforce_ray
 from texforce_ray.actors.colocated import ColocatedActor
-from texforce_ray.actors.environments import chosen, isolated_command
+from texforce_ray.actors.environments import isolated_command
 from texforce_ray.actors.fit import needs
 from texforce_ray.actors.learner import LearnerActor, Membership
 from texforce_ray.actors.messages import ImagePayload, Info, Scores, WorkUnit, unpack_images
@@ -30,7 +26,7 @@ from texforce_ray.actors.reward import RewardServer
 from texforce_ray.actors.rollout import RolloutActor
 from texforce_ray.actors.scoring import RewardPool
 from texforce_ray.config import Config, RewardConfig
-from texforce_ray.errors import LostObjectError, ResourceError
+from texforce_ray.errors import LostObjectError
 from texforce_ray.model.location import adapter_files
 from texforce_ray.rewards import arguments, resolve
 
@@ -42,53 +38,6 @@ Refs = Sequence[ray.ObjectRef]
 # Large tensors come and go with every layer. glibc would give each back to the system and fault its
 # pages in again, which on a CPU can cost more than the layer (docs/performance.md).
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-
-
-def connect(config: Config) -> bool:
-    """Join a cluster or start one; True if one was started here.
-
-    Raises:
-        ResourceError: no cluster at the given address.
-    """
-    if ray.is_initialized():
-        return False
-    address = config.ray.address or os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
-    if any(chosen(reward) is not None for reward in config.rewards):
-        # Rewards' own environments do not hold this package: it travels with the job.
-        options["runtime_env"] = {"py_modules": [str(Path(texforce_ray.__file__).parent)]}
-    # A failed call's first result is awaited and told; Ray would print it again for each other one.
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    # Authentication is on, as it should be, and nothing that a user has to be warned of.
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    if address is None:
-        # "local": a bare ray.init() would silently join whatever runs on this machine.
-        ray.init(address="local", include_dashboard=config.ray.dashboard, **options)
-        return True
-    try:
-        _knock(address)
-        ray.init(address=address, **options)
-    except (OSError, RuntimeError, ValueError) as error:  # also of an address that is none
-        raise ResourceError(
-            f"ray.address: no Ray cluster at {address!r}: {error}; if it asks for a token: "
-            "export RAY_AUTH_MODE=token"
-        ) from None
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    gcs = ray.get_runtime_context().gcs_address
-    print(f"joined the Ray cluster at {gcs} ({len(nodes)} nodes)", file=sys.stderr)
-    return False
-
-
-def _knock(address: str) -> None:
-    """Fail at once where nobody listens: Ray itself would try for minutes.
-
-    Raises:
-        OSError: nobody does.
-    """
-    host, _, port = address.rpartition(":")
-    if port.isdigit() and "/" not in address:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
-            pass
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ async def _check(
 ) -> dict[str, dict[str, Any]]:
     import ray
 
-    from texforce_ray.actors.crew import connect
+    from texforce_ray.actors.connection import connect
     from texforce_ray.actors.environments import prepare_environments
     from texforce_ray.rewards import find
 
