@@ -25,8 +25,11 @@ _INTRODUCTION = """\
 # Configuration reference
 
 Every key, from the types that check it. Values come from a YAML file and from `key.sub=value` on
-the command line; entries of lists are counted from 0 (`rewards.0.weight=2`). Unknown keys and
-impossible combinations are refused before anything starts. A run's `config.yaml` holds all of them,
+the command line; entries of lists are counted from 0 (`rewards.0.weight=2`). Where the type is text,
+the value is taken as it stands, `#` and `: ` included; elsewhere it is a number, true, false, null, or
+`[...]` and `{...}` as in YAML. `null` is null everywhere, `'null'` the text. `${oc.env:NAME}` is an
+environment variable, as in a file; `\\${` is the text `${`. Unknown keys and
+impossible combinations are refused before anything starts. A run's `config.yaml` holds all keys,
 resolved.
 
 **On resume** says whether a key may differ from the run's own when it is continued:
