@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from texforce_ray import randomness
 from texforce_ray.errors import ConfigError, TexForceError
-from texforce_ray.evaluation import bootstrap_interval
+from texforce_ray.paths import local_path
 from texforce_ray.records.files import atomic_write_text, check_writable, to_json
+from texforce_ray.records.intervals import bootstrap_interval
+from texforce_ray.rewards.answers import parse_ranking
 from texforce_ray.rewards.chat import ChatClient
+from texforce_ray.rewards.images import read_image
 
 CRITERIA = {
     "aesthetics": "how good it looks as an image: composition, colours, detail, no artefacts",
@@ -52,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
         description="Rank the policies of an evaluation by a vision-language model.",
     )
     commands.add_argument(
-        "evaluation", type=Path, help="folder that evaluate --save-images has written"
+        "evaluation", type=local_path, help="folder that evaluate --save-images has written"
     )
     commands.add_argument("--url", required=True, help="of an OpenAI-compatible API (.../v1)")
     commands.add_argument("--model", required=True, help="the model's name there")
@@ -62,6 +63,21 @@ def parser() -> argparse.ArgumentParser:
     commands.add_argument("--max-requests", type=int, help="ask no more questions than this")
     commands.add_argument("--concurrency", type=int, default=8, help="questions at once (8)")
     commands.add_argument("--seed", type=int, default=0, help="of the orders of the images")
+    for name, default in (("max-tokens", 256), ("temperature", 0), ("request-seed", 0)):
+        commands.add_argument(
+            f"--{name}",
+            type=json.loads,
+            default=default,
+            metavar="X",
+            help=f"of each request ({default}); null leaves it out, for services that refuse it",
+        )
+    commands.add_argument(
+        "--extra-body",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="further fields of each request, e.g. '{\"max_completion_tokens\": 2048}'",
+    )
     return commands
 
 
@@ -77,6 +93,10 @@ def main(arguments: list[str] | None = None) -> int:
             api_key_env=options.api_key_env,
             connections=options.concurrency,
             max_requests=options.max_requests,
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            seed=options.request_seed,
+            extra_body=options.extra_body,
         )
         verdicts = judge(
             client, prompts, list(images.values()), options.rounds, options.seed,
@@ -85,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     except TexForceError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
-    summary = summarize(list(images), verdicts)
+    summary = summarize(list(images), verdicts, prompts)
     atomic_write_text(options.evaluation / "judge.json", to_json(summary, indent=2) + "\n")
     _print(summary)
     print(f"results in {options.evaluation / 'judge.json'}")
@@ -107,7 +127,7 @@ def load_images(folder: Path, limit: int | None) -> tuple[list[str], dict[str, l
     try:
         prompts = [str(prompt) for prompt in json.loads(listing.read_text())][:limit]
         images = {
-            policy.name: [_read(policy / f"{i:05d}.png") for i in range(len(prompts))]
+            policy.name: [read_image(policy / f"{i:05d}.png") for i in range(len(prompts))]
             for policy in sorted(p for p in listing.parent.iterdir() if p.is_dir())
         }
     except (OSError, ValueError, TypeError) as error:
@@ -118,11 +138,6 @@ def load_images(folder: Path, limit: int | None) -> tuple[list[str], dict[str, l
             "nothing to rank"
         )
     return prompts, images
-
-
-def _read(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.array(image.convert("RGB"))
 
 
 def judge(
@@ -169,17 +184,13 @@ def judge(
         return list(threads.map(ask, questions))
 
 
-def parse_ranking(text: str, count: int) -> list[int] | None:
-    """Places from 0, best first, out of an answer; None unless it names each image once."""
-    for match in re.finditer(r"\[[\d\s,]*\]", text):
-        numbers = [int(number) - 1 for number in re.findall(r"\d+", match.group())]
-        if sorted(numbers) == list(range(count)):
-            return numbers
-    return None
+def summarize(
+    policies: Sequence[str], verdicts: Sequence[Verdict], prompts: Sequence[str] | None = None
+) -> dict[str, object]:
+    """Mean rank with a 95 % interval, share of first places, wins over the base.
 
-
-def summarize(policies: Sequence[str], verdicts: Sequence[Verdict]) -> dict[str, object]:
-    """Mean rank with a 95 % interval over images, share of first places, wins over the base."""
+    The interval draws prompts again, those of the images by their index, or else images.
+    """
     summary: dict[str, object] = {"answers": len(verdicts)}
     summary["unusable"] = int(sum(np.isnan(v.ranks).any() for v in verdicts))
     base = list(policies).index("base") if "base" in policies else None
@@ -191,10 +202,12 @@ def summarize(policies: Sequence[str], verdicts: Sequence[Verdict]) -> dict[str,
         ranks = np.stack([verdict.ranks for verdict in chosen])
         images = np.array([verdict.index for verdict in chosen])
         # Rounds of one image are no independent samples: their mean is one.
-        by_image = np.stack([ranks[images == index].mean(axis=0) for index in np.unique(images)])
+        indices = np.unique(images)
+        by_image = np.stack([ranks[images == index].mean(axis=0) for index in indices])
+        texts = None if prompts is None else [prompts[index] for index in indices]
         found = {}
         for column, name in enumerate(policies):
-            low, high = bootstrap_interval(by_image[:, column])
+            low, high = bootstrap_interval(by_image[:, column], texts)
             found[name] = {
                 "mean_rank": float(by_image[:, column].mean()),
                 "low": low,

@@ -18,6 +18,7 @@ class Watch:
     def __init__(self, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
         self._rewards: list[float] = []
         self._spread: list[float] = []
+        self._largest: list[float] = []  # advantages
         self._diversity: list[float] = []
         self._said: set[str] = set()
         for metrics in earlier:  # of a resumed run: what was said then is not said again
@@ -46,7 +47,7 @@ class Watch:
         if not len(averages):
             return None
         best, now, spread = averages.max(), averages[-1], float(np.median(self._spread))
-        if best - now <= max(spread, _FLAT):
+        if best - now <= max(spread, _FLAT * abs(best)):
             return None
         return (
             f"reward/total_mean has fallen from {best:.3f} to {now:.3f} (averages of {_WINDOW} "
@@ -54,12 +55,16 @@ class Watch:
             "checkpoint is kept"
         )
 
-    def _no_signal(self, _: Mapping[str, Any]) -> str | None:
-        """All samples score alike: every advantage is 0."""
-        if len(self._spread) < _WINDOW or max(self._spread[-_WINDOW:]) > _FLAT:
+    def _no_signal(self, metrics: Mapping[str, Any]) -> str | None:
+        """All samples that are compared score alike: every advantage is 0."""
+        if (largest := metrics.get("advantage/abs_max")) is None:
+            return None
+        self._largest.append(float(largest))
+        if len(self._largest) < _WINDOW or max(self._largest[-_WINDOW:]) > 0:
             return None
         return (
-            f"reward/total_std has been 0 for {_WINDOW} iterations: all samples score alike, so "
+            f"advantage/abs_max has been 0 for {_WINDOW} iterations: all samples that are compared "
+            "with each other score alike (reward/total_std says how far all of them differ), so "
             "there is nothing to learn from"
         )
 

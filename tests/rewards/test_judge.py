@@ -87,6 +87,14 @@ def test_answers_that_are_no_ranking_are_counted_and_left_out(evaluation: Path) 
         ("[1, 2]", None),
         ("[0, 1, 2]", None),
         ("none", None),
+        ("[1, 2, 3], no: [3, 2, 1]", None),
+        ("[1, 2, 3]. Again: [1, 2, 3]", [0, 1, 2]),
+        ("[[2, 1, 3]]", None),
+        ('{"ranking": [[2, 1, 3]]}', None),
+        ('{"ranking": [1, 2, 3], "worst": [3, 2, 1]}', [0, 1, 2]),
+        ('{"a": {"ranking": [1, 2, 3]}}', None),
+        ('{"ranking": [2, 3, true]}', None),
+        ('{"best": [3, 1, 2]}', [2, 0, 1]),
     ],
 )
 def test_rankings_in_answers(text: str, ranking: list[int] | None) -> None:

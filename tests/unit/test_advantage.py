@@ -79,6 +79,34 @@ def test_equal_rewards_teach_nothing(scale: str) -> None:
     assert statistics.advantages(np.full(4, 0.7), ALL[:4], ["a"] * 4).tolist() == [0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e-3, 1.0, 1e6])
+def test_advantages_do_not_depend_on_the_rewards_scale(size: float) -> None:
+    rewards, statistics = REWARDS * size, PromptStatistics(buffer_size=8, min_count=2)
+    for mode in (
+        lambda: batch_advantages(rewards, ALL),
+        lambda: group_advantages(rewards, ALL, TWO_PROMPTS),
+        lambda: group_advantages(rewards, ALL, TWO_PROMPTS, "batch"),
+        lambda: statistics.advantages(rewards, ALL, TWO_PROMPTS),
+        lambda: combine(rewards[:, None], ALL, [Component(1.0, "batch")]),
+        lambda: combine(rewards[:, None], ALL, [Component(1.0, "group")], TWO_PROMPTS),
+    ):
+        found = mode()
+        assert found[ALL].std() == pytest.approx(1, abs=0.3)
+        assert (np.diff(found[::2]) > 0).all()
+    one_scale = group_advantages(REWARDS, ALL, TWO_PROMPTS)
+    np.testing.assert_allclose(group_advantages(rewards, ALL, TWO_PROMPTS), one_scale, rtol=1e-2, atol=1e-9)
+    # Prompts of different sizes: each has its own.
+    mixed = np.where(np.arange(6) % 2, REWARDS, rewards)
+    np.testing.assert_allclose(group_advantages(mixed, ALL, TWO_PROMPTS), one_scale, rtol=1e-2, atol=1e-9)
+
+
+def test_rounding_of_equal_rewards_teaches_nothing() -> None:
+    rewards = np.float32(0.7) + np.float32([0, 6e-8, -6e-8, 0])
+    for values in (rewards.astype(float), 1e-6 * rewards.astype(float)):
+        assert batch_advantages(values, ALL[:4]).tolist() == [0, 0, 0, 0]
+        assert group_advantages(values, ALL[:4], ["a"] * 4).tolist() == [0, 0, 0, 0]
+
+
 @given(_samples)
 def test_groups_have_mean_zero_and_keep_their_order(samples: list) -> None:
     prompts = [prompt for prompt, _, _ in samples]
@@ -165,9 +193,18 @@ def test_a_gated_sample_loses_whatever_the_scale() -> None:
     components = [Component(1.0, gate=0.5), Component(1.0)]
     total = combine(rewards, mask, components)
     assert total.tolist() == [5.9, -39.2, -39.2, -39.2]
-    # In evaluation the floor is the number given: totals of two policies must be comparable.
-    fixed = combine(rewards, mask, components, relative_floor=False)
-    assert fixed.tolist() == [5.9, 0.0, -39.2, 0.0]
+
+
+@pytest.mark.parametrize("honest", [[-3.0, -2.0], []])
+def test_in_evaluation_a_gate_never_helps(honest: list[float]) -> None:
+    """It decides which checkpoint is the best: a floor of 0 was better than honest totals."""
+    components = [Component(0.0, gate=0.5), Component(1.0)]
+    gated = [-9.0, -1.0, 4.0]
+    rewards = np.array([[1.0, x] for x in honest] + [[0.0, x] for x in gated])
+    total = combine(rewards, np.ones(len(rewards), bool), components, never_raise=True)
+    assert total[: len(honest)].tolist() == honest
+    for value, own in zip(total[len(honest) :], gated, strict=True):
+        assert value <= min([own, 0.0, *honest])
 
 
 def test_a_masked_sample_is_not_gated_and_does_not_set_the_floor() -> None:

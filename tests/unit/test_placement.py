@@ -105,7 +105,7 @@ def actors_of(config: Config) -> list[dict[str, float]]:
     return [dict(r.resources) for r in requests(config, whole=True) for _ in range(r.count)]
 
 
-amounts = st.sampled_from([0, 0.3, 0.5, 0.7, 1, 2])
+amounts, whole = st.sampled_from([0, 0.3, 0.5, 0.7, 1, 2]), st.sampled_from([0, 1, 2])
 node = st.fixed_dictionaries(
     {"CPU": st.integers(0, 3), "GPU": st.integers(0, 2), "a": st.sampled_from([0, 1])}
 )
@@ -121,7 +121,7 @@ def small_configs(draw: st.DrawFn) -> Config:
         rollouts,
         learners,
         (draw(st.integers(1, 2)),),
-        gpus=(draw(amounts), draw(amounts), draw(amounts)),
+        gpus=(draw(amounts), draw(whole if learners > 1 else amounts), draw(amounts)),
         cpus=(draw(amounts), draw(amounts), draw(amounts)),
         placement={draw(st.sampled_from(["rollout", "learner", "reward"])): label},
         rollout={"min_workers": draw(st.one_of(st.none(), st.integers(1, rollouts)))},
@@ -295,6 +295,19 @@ def test_a_large_cluster_takes_seconds() -> None:
 def test_wrong_placements_are_explained(section: dict[str, str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         make_config({"placement": section})
+
+
+def test_an_actor_that_asks_for_no_gpu_cannot_use_one() -> None:
+    config = configured(gpus=(1, 0, 0), model={"device": "cuda"})
+    with pytest.raises(ConfigError, match=r"model\.device: 'cuda'.*learner\.num_gpus is 0"):
+        requests(config)
+    requests(config, learner=False)
+
+
+def test_learners_cannot_share_a_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"learner\.num_gpus: 0\.5 with learner\.num_workers = 2"):
+        configured(1, 2, gpus=(1, 0.5, 0))
+    configured(1, 1, gpus=(1, 0.5, 0))
 
 
 def test_a_shared_actor_has_one_place() -> None:

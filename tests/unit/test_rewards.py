@@ -5,8 +5,11 @@ from __future__ import annotations
 import ast
 import io
 import math
+import os
+import shlex
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from texforce_ray.errors import RewardError
-from texforce_ray.rewards import BUILT_IN, find, resolve
+from texforce_ray.errors import RewardError, is_device_fault, is_out_of_memory, redacted
+from texforce_ray.rewards import BUILT_IN, environments, find, resolve
 from texforce_ray.rewards.base import Reward, checked_scores, load_reward
-from texforce_ray.rewards.environments import SETS
+from texforce_ray.rewards.check import check_variety
+from texforce_ray.rewards.environments import SETS, Environment, build
+from texforce_ray.rewards.images import read_image
 from texforce_ray.shapes import scene
 
 ROOT = Path(__file__).parents[2]
@@ -138,6 +143,119 @@ def test_own_reward_needs_no_base_class(own_module: None) -> None:
     assert load_reward("own_reward_ok:Mine", {}).score(_images(1), [""], [{}]) == [1]
 
 
+# ---- images that people have -------------------------------------------------------------
+
+
+def _saved(image: Image.Image, path: Path, **options: Any) -> np.ndarray:
+    image.save(path, **options)
+    return read_image(path)
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, kind: str) -> None:
+    gray = np.arange(256, dtype=np.uint16)[None] * 257
+    shown = _saved(Image.fromarray(gray), tmp_path / f"gray.{kind}")
+    assert (shown == np.arange(256)[None, :, None]).all()
+
+
+def test_what_is_transparent_is_shown_over_white(tmp_path: Path) -> None:
+    """One visible picture has one score, however it was saved."""
+    shown = np.full((4, 4, 3), 255, np.uint8)
+    shown[:2] = (200, 30, 90)
+    rgba = np.concatenate([shown, np.full((4, 4, 1), 255, np.uint8)], axis=2)
+    rgba[2:] = 0  # black, and invisible
+    palette = Image.fromarray(shown).quantize(4, dither=Image.Dither.NONE)
+    clear = palette.getpixel((0, 3))
+    for name, image, options in (
+        ("plain", Image.fromarray(shown), {}),
+        ("alpha", Image.fromarray(rgba), {}),
+        ("palette", palette, {"transparency": clear}),
+        ("key", Image.fromarray(rgba[..., :3]), {"transparency": (0, 0, 0)}),
+    ):
+        assert np.array_equal(_saved(image, tmp_path / f"{name}.png", **options), shown), name
+    half = Image.new("LA", (2, 2), (0, 128))
+    assert (_saved(half, tmp_path / "half.png") == 127).all()
+
+
+def test_other_modes_are_shown_as_a_viewer_would(tmp_path: Path) -> None:
+    photo = np.zeros((16, 32, 3), np.uint8)
+    photo[:, :16] = (250, 10, 10)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned to the right by a viewer
+    turned = _saved(Image.fromarray(photo), tmp_path / "turned.jpg", exif=exif, quality=95)
+    assert turned.shape == (32, 16, 3)
+    assert turned[:14].mean(axis=(0, 1)) == pytest.approx([250, 10, 10], abs=8)
+    cmyk = _saved(Image.fromarray(photo).convert("CMYK"), tmp_path / "cmyk.jpg", quality=95)
+    assert cmyk[:, :14].mean(axis=(0, 1)) == pytest.approx([250, 10, 10], abs=8)
+    bits = Image.fromarray(photo[..., 0] > 100)
+    assert (_saved(bits, tmp_path / "bits.png")[0, [0, 31]] == [[255] * 3, [0] * 3]).all()
+
+
+@pytest.mark.parametrize(("width", "height"), [(20_000, 10_000), (10_000, 10_000)])
+def test_a_huge_image_is_refused_by_name(tmp_path: Path, width: int, height: int) -> None:
+    path = tmp_path / "huge.png"
+    Image.new("1", (width, height)).save(path)
+    with pytest.raises(ValueError, match=r"huge\.png: .*too large: at most 64,000,000 pixels"):
+        read_image(path)
+
+
+def test_what_is_no_image_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "words.png").write_text("hello")
+    Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "floats.tiff")
+    for name, said in (("words.png", "not an image"), ("floats.tiff", "32-bit floats")):
+        with pytest.raises(ValueError, match=rf"{name}: .*{said}"):
+            read_image(tmp_path / name)
+    with pytest.raises(ValueError, match=r"missing\.png: no such file"):
+        read_image(tmp_path / "missing.png")
+
+
+# ---- errors ------------------------------------------------------------------------------
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch names it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "broken", "memory"),
+    [
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), True, False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True, False),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+            True,
+            True,
+        ),
+        (RuntimeError("HIP error: invalid device function"), True, False),
+        (OutOfMemoryError("Tried to allocate 2 GiB"), True, True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True, True),
+        (MemoryError("out of memory"), False, True),
+        (ValueError("mat1 and mat2 shapes cannot be multiplied"), False, False),
+        (RuntimeError("no prompt about an error of CUDA"), False, False),
+    ],
+)
+def test_a_broken_gpu_is_told_from_other_errors(
+    error: Exception, broken: bool, memory: bool
+) -> None:
+    assert is_device_fault(error) == broken
+    assert is_out_of_memory(error) == memory
+
+
+def test_logs_hold_no_secret() -> None:
+    text = redacted("GET https://me:pw@host:8/v1?size=2&api_key=sk-1 from redis://u@h")
+    assert text == "GET https://***@host:8/v1?size=2&api_key=*** from redis://***@h"
+    assert redacted("a@b at http://host/x?y=1") == "a@b at http://host/x?y=1"
+
+
+def test_a_reward_that_says_the_same_of_all_images_fails_the_check() -> None:
+    images = list(_images(3))
+    with pytest.raises(RewardError, match=r"all 3 different images have the same score, 0\.5"):
+        check_variety("mine", [0.5] * 3, images)
+    check_variety("mine", [0.5, 0.5, 0.6], images)
+    check_variety("mine", [0.5], images[:1])
+    check_variety("mine", [0.5] * 2, [images[0], images[0]])
+
+
 # ---- scores ------------------------------------------------------------------------------
 
 
@@ -204,6 +322,60 @@ def test_reward_environments_need_no_heavy_library(module: str) -> None:
     assert done.returncode == 0, done.stderr
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert not loaded & {*heavy, "ray"}
+
+
+def test_an_environment_whose_python_is_gone_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = Environment("nothing", ())
+    monkeypatch.setattr(Environment, "all_requirements", lambda _: [])
+    made = []
+
+    def uv(arguments: list[str], *_: Any) -> None:
+        if arguments[0] == "venv":
+            made.append(arguments)
+            python = Path(arguments[-1]) / "bin/python"
+            python.parent.mkdir(parents=True)
+            python.symlink_to(sys.executable)
+
+    monkeypatch.setattr(environments, "_uv", uv)
+    root = tmp_path / "with a space"
+    python = Path(build(environment, root, 60, print))
+    assert build(environment, root, 60, print) == str(python)
+    assert len(made) == 1
+    python.unlink()
+    python.symlink_to("/no/such/python")
+    assert build(environment, root, 60, print) == str(python)
+    assert len(made) == 2
+    subprocess.run([python, "-c", ""], check=True)
+    monkeypatch.setattr(sysconfig, "get_platform", lambda: "linux-riscv64")
+    assert build(environment, root, 60, print) != str(python)
+
+
+def test_an_isolated_interpreter_is_started_without_the_clusters_paths(tmp_path: Path) -> None:
+    from texforce_ray.actors.environments import isolated_command
+
+    python = tmp_path / "with a space" / "python"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    code = (
+        "import os; print([os.environ.get(n) for n in ('PYTHONPATH', 'PYTHONHOME', 'VIRTUAL_ENV')])"
+    )
+    ours = ["/tmp/ray/s/runtime_resources/py_modules_files/a", "/x y/runtime_resources/b"]
+    for given, kept in (
+        (["/leak", *ours, "/other leak"], ours),
+        (["/leak"], []),
+        ([], []),
+    ):
+        done = subprocess.run(
+            ["bash", "-c", f"exec {isolated_command(str(python))} -c {shlex.quote(code)}"],
+            env=os.environ
+            | {"PYTHONPATH": ":".join(given), "PYTHONHOME": "/x", "VIRTUAL_ENV": "/y"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ast.literal_eval(done.stdout) == [":".join(kept), None, None]
 
 
 # ---- bounded queues ----------------------------------------------------------------------

@@ -10,10 +10,8 @@ from texforce_ray.watch import Watch
 
 
 def _lines(means: Sequence[float], std: float = 0.1) -> list[dict]:
-    return [
-        {"iteration": i, "reward/total_mean": mean, "reward/total_std": std}
-        for i, mean in enumerate(means)
-    ]
+    metrics = {"reward/total_std": std, "advantage/abs_max": float(std > 0)}
+    return [{"iteration": i, "reward/total_mean": mean, **metrics} for i, mean in enumerate(means)]
 
 
 def _said(lines: Sequence[dict]) -> list[str]:
@@ -41,6 +39,10 @@ def test_equal_scores_teach_nothing() -> None:
     (text,) = _said(_lines([0.0] * 7, std=0.0))
     assert "nothing to learn" in text
     assert text.startswith("iteration 4:")
+
+
+def test_rewards_of_a_small_scale_do_teach() -> None:
+    assert _said(_lines([0.0] * 7, std=1e-8)) == []
 
 
 def test_images_that_become_alike_are_noticed() -> None:

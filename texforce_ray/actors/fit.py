@@ -11,7 +11,7 @@ from typing import Any
 
 from texforce_ray.actors.packing import most, short_of
 from texforce_ray.config import Config, LearnerConfig, RewardConfig, RolloutConfig
-from texforce_ray.errors import ResourceError
+from texforce_ray.errors import ConfigError, ResourceError
 
 # What an actor takes of the custom resource that names its nodes: any number of them fits.
 SLIVER = 0.001
@@ -47,8 +47,19 @@ def needs(config: Config, role: RolloutConfig | LearnerConfig | RewardConfig) ->
 
 
 def requests(config: Config, *, learner: bool = True, whole: bool = False) -> list[Request]:
-    """All actors that a run needs to start or, with `whole`, that it would like to have."""
+    """All actors that a run needs to start or, with `whole`, that it would like to have.
+
+    Raises:
+        ConfigError: the model's device is a GPU, and an actor asks for none: it would see none.
+    """
     r, t = config.rollout, config.learner
+    needy = {"rollout": r} | ({"learner": t} if learner and not t.colocated else {})
+    for name, role in needy.items():
+        if config.model.device.startswith("cuda") and not role.num_gpus:
+            raise ConfigError(
+                f"model.device: {config.model.device!r} needs a GPU for each actor: "
+                f"{name}.num_gpus is 0; set it to 1, or to a part of one"
+            )
     rollouts = r.num_workers if whole else r.min_workers or r.num_workers
     asked = [Request("rollout", rollouts, needs(config, r))]
     if learner and not t.colocated:

@@ -77,7 +77,7 @@ def _read(
             if image.width * image.height > max_pixels:
                 raise ValueError(
                     f"an image of {image.width} x {image.height} pixels is too large: at most "
-                    f"{max_pixels:,} are read; scale it down"
+                    f"{max_pixels:,} pixels are read; scale it down"
                 )
             return _as_shown(ImageOps.exif_transpose(image), image.format)
     except Image.DecompressionBombError:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 _EPS = 1e-6
-_MIN_STD = 1e-4  # a group whose rewards are all equal teaches nothing, rather than noise
+# A group whose rewards are all equal teaches nothing, rather than noise: below this share of the
+# rewards' own size, whatever their scale, a deviation may be rounding (float32 has 6e-8).
+_MIN_STD = 1e-6
+_USUAL_STD = 1e-4  # above it, _EPS is nothing
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ def combine(
     components: Sequence[Component],
     prompts: Sequence[str] = (),
     *,
-    relative_floor: bool = True,
+    never_raise: bool = False,
 ) -> np.ndarray:
     """Weighted sum of reward components: float64 [N]; 0 where masked.
 
@@ -40,8 +43,10 @@ def combine(
         mask: bool [N], True where every component was scored.
         components: R of them.
         prompts: N texts, needed for 'group'.
-        relative_floor: a gated sample gets no more than the lowest ungated total, so that it loses
-            whatever scale the components have.
+        never_raise: a gated sample gets no more than its own total would have been, either.
+
+    A gated sample gets its floor, but no more than the lowest ungated total: it loses whatever
+    scale the components have.
     """
     total, floor = np.zeros(len(rewards)), np.full(len(rewards), np.inf)
     for column, component in enumerate(components):
@@ -52,7 +57,9 @@ def combine(
             floor[under] = np.minimum(floor[under], component.floor)
     gated = np.isfinite(floor)
     passed = mask & ~gated
-    if relative_floor and gated.any() and passed.any():
+    if never_raise:
+        floor = np.minimum(floor, total)
+    if gated.any() and passed.any():
         floor = np.minimum(floor, total[passed].min())
     return np.where(mask, np.where(gated, floor, total), 0.0)
 
@@ -65,15 +72,16 @@ def _shifted(
         return values
     if normalize == "group":
         return group_advantages(values, mask, prompts)
-    known = values[mask]
-    return np.where(mask, (values - known.mean()) / (known.std() + _EPS), 0.0)
+    return batch_advantages(values, mask)
 
 
 def batch_advantages(total: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """(r - mean) / std over the unmasked samples: float64 [N], 0 where masked."""
     if not mask.any():
         return np.zeros(len(total))
-    return _normalized(total, mask, total[mask].mean(), total[mask].std())
+    known = total[mask]
+    std, scale = np.full(len(total), known.std()), np.full(len(total), _size(known))
+    return _scaled(total - known.mean(), std, mask, scale)
 
 
 def group_advantages(
@@ -84,15 +92,16 @@ def group_advantages(
     With `scale` 'batch' the mean is the group's and the deviation that of all samples around
     their group's mean: groups in which little is at stake then weigh little.
     """
-    centered, deviation = np.zeros(len(total)), np.zeros(len(total))
+    centered, deviation, scale_of = (np.zeros(len(total)) for _ in range(3))
     for prompt in dict.fromkeys(prompts):
         rows = np.array([p == prompt for p in prompts]) & mask
         if rows.any():
             centered[rows] = total[rows] - total[rows].mean()
-            deviation[rows] = total[rows].std()
+            deviation[rows], scale_of[rows] = total[rows].std(), _size(total[rows])
     if scale == "batch" and mask.any():
         deviation[:] = np.sqrt((centered[mask] ** 2).mean())
-    return _scaled(centered, deviation, mask)
+        scale_of[:] = _size(total[mask])
+    return _scaled(centered, deviation, mask, scale_of)
 
 
 class PromptStatistics:
@@ -121,21 +130,26 @@ class PromptStatistics:
                 del buffer[: -self.buffer_size]
         known = total[mask] if mask.any() else np.zeros(1)
         mean, std = np.full(len(total), known.mean()), np.full(len(total), known.std())
+        size = np.full(len(total), _size(known))
         for prompt in dict.fromkeys(prompts):
             buffer = self.buffers.get(prompt, [])
             if len(buffer) >= self.min_count:
                 rows = np.array([p == prompt for p in prompts])
-                mean[rows], std[rows] = np.mean(buffer), np.std(buffer)
+                mean[rows], std[rows], size[rows] = np.mean(buffer), np.std(buffer), _size(buffer)
         centered = total - mean
         if scale == "batch" and mask.any():
-            std[:] = np.sqrt((centered[mask] ** 2).mean())
-        return _scaled(centered, std, mask)
+            std[:], size[:] = np.sqrt((centered[mask] ** 2).mean()), _size(known)
+        return _scaled(centered, std, mask, size)
 
 
-def _normalized(total: np.ndarray, mask: np.ndarray, mean: float, std: float) -> np.ndarray:
-    return _scaled(total - mean, np.full(len(total), std), mask)
+def _size(values: np.ndarray | list[float]) -> float:
+    return float(np.abs(values).max())
 
 
-def _scaled(centered: np.ndarray, std: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    useful = mask & (std > _MIN_STD)
-    return np.where(useful, centered / (std + _EPS), 0.0)
+def _scaled(
+    centered: np.ndarray, std: np.ndarray, mask: np.ndarray, scale: np.ndarray
+) -> np.ndarray:
+    """centered / std, or 0 where std is nothing beside `scale`, the rewards' own size."""
+    useful = mask & (std > _MIN_STD * scale)
+    eps = np.where(std > _USUAL_STD, _EPS, 0.0)
+    return np.where(useful, centered / np.where(useful, std + eps, 1.0), 0.0)

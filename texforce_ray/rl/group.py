@@ -61,4 +61,10 @@ class Together(Alone):
         return torch.cat(parts)
 
     def close(self) -> None:
-        dist.destroy_process_group()
+        """Leave the group; the others may be dead."""
+        # NCCL's orderly end may wait for them for ever. Private, so it may be gone one day.
+        abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+        if abort is not None and dist.get_backend() == "nccl":
+            abort()
+        else:
+            dist.destroy_process_group()
