@@ -260,6 +260,11 @@ class RewardConfig(_Section):
             raise ValueError("give exactly one of 'name' (built in) and 'target' (your class)")
         if self.target is not None and self.target.count(":") != 1:
             raise ValueError(f"target {self.target!r} should look like 'package.module:Class'")
+        if self.key != self.key.strip() or not self.key.isprintable() or len(self.key) > 100:
+            raise ValueError(
+                f"label: {self.key!r} should be up to 100 printable characters, without spaces "
+                "around them"
+            )
         return self
 
     @property
@@ -648,24 +653,7 @@ class Config(_Section):
                 f"learner.gradient_shards = {self.learner.gradient_shards}; set gradient_shards to "
                 "a multiple of the most learners that you may want"
             )
-        if self.learner.colocated and (self.learner.num_workers, self.rollout.num_workers) != (
-            1,
-            1,
-        ):
-            raise ValueError(
-                "learner.colocated: needs rollout.num_workers = 1 and learner.num_workers = 1"
-            )
-        if self.learner.colocated and self.max_staleness:
-            raise ValueError(
-                f"max_staleness: {self.max_staleness} with learner.colocated would sample ahead in "
-                "the actor that is busy with the update: nothing overlaps, and samples wait until "
-                "their deadline; set max_staleness=0, or learner.colocated=false"
-            )
-        if self.learner.colocated and self.placement.learner not in (None, self.placement.rollout):
-            raise ValueError(
-                f"placement.learner: {self.placement.learner!r} means nothing with "
-                "learner.colocated, where the learner lives in the rollout actor; leave it null"
-            )
+        self._check_colocated()
         if late := [i for i in self.profile if i >= self.iterations]:
             raise ValueError(
                 f"profile: there is no iteration {late[0]}: they are counted from 0 to "
@@ -692,10 +680,40 @@ class Config(_Section):
                 "prompts.samples_per_prompt: 1 with advantage.mode 'group' makes every advantage "
                 "0; use at least 2 samples per prompt, or mode 'prompt' or 'batch'"
             )
+        self._check_names()
+        return self
+
+    def _check_colocated(self) -> None:
+        if not self.learner.colocated:
+            return
+        if (self.learner.num_workers, self.rollout.num_workers) != (1, 1):
+            raise ValueError(
+                "learner.colocated: needs rollout.num_workers = 1 and learner.num_workers = 1"
+            )
+        if self.max_staleness:
+            raise ValueError(
+                f"max_staleness: {self.max_staleness} with learner.colocated would sample ahead in "
+                "the actor that is busy with the update: nothing overlaps, and samples wait until "
+                "their deadline; set max_staleness=0, or learner.colocated=false"
+            )
+        if self.placement.learner not in (None, self.placement.rollout):
+            raise ValueError(
+                f"placement.learner: {self.placement.learner!r} means nothing with "
+                "learner.colocated, where the learner lives in the rollout actor; leave it null"
+            )
+
+    def _check_names(self) -> None:
         keys = [reward.key for reward in self.rewards]
         if twice := {key for key in keys if keys.count(key) > 1}:
             raise ValueError(f"rewards: {sorted(twice)} named twice; give each its own 'label'")
-        return self
+        # In metrics these names are taken, by the sum of all rewards and by what images look like.
+        taken = {"total", "diversity", "drift"}
+        taken |= {f"base_{key}" for key in ("total", *keys)}
+        if wrong := [key for key in keys if key in taken]:
+            raise ValueError(
+                f"rewards: the name {wrong[0]!r} has another meaning in metrics; give this reward "
+                "another 'label'"
+            )
 
     def _check_direct(self) -> None:
         if self.ppo.kl_weight:

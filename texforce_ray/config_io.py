@@ -198,6 +198,8 @@ def resolve_run_dir(config: Config, under_ray_job: bool | None = None) -> Config
     if under_ray_job is None:
         under_ray_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     check_local(config.run_dir, "run_dir")
+    if not config.run_dir.strip():  # it would be the working directory
+        raise ConfigError("run_dir: '' names no folder; give e.g. run_dir=runs/my-run")
     text = config.run_dir.replace("{time}", time.strftime("%Y%m%d-%H%M%S"))
     path = Path(text).expanduser()
     if not path.is_absolute() and under_ray_job:

@@ -21,8 +21,11 @@ def check_local(text: str | Path, key: str) -> None:
         key: the config key or argument, for the message.
 
     Raises:
-        ConfigError: it begins with a scheme, such as s3:// or file://.
+        ConfigError: it begins with a scheme, such as s3:// or file://, or no file can have this
+            name.
     """
+    if "\0" in str(text) or re.search("[\ud800-\udfff]", str(text)):
+        raise ConfigError(f"{key}: {str(text)!r} holds characters that are not text; rename it")
     if not _URI.match(str(text)):
         return
     if str(text).lower().startswith("file:/"):

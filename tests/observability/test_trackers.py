@@ -23,6 +23,7 @@ from texforce_ray.records.tracking import check_trackers, open_trackers
 KEY = "0123456789abcdef0123456789abcdef01234567"
 GRID = np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3)
 VALUES = {"reward/total_mean": 0.5, "ppo/approx_kl": float("nan"), "reward/a (b)_mean": 1.0}
+ODD = {"reward/日本_mean": 2.0, "reward/本日_mean": 3.0, "reward/../x_mean": 4.0, "eval//a/.": 5.0}
 
 
 def _configured(run_dir: Path, **track: Any) -> Config:
@@ -111,6 +112,19 @@ def test_mlflow_files_have_all_and_a_resumed_run_goes_on(tmp_path: Path) -> None
     assert len(pictures) == 3
     found = client.download_artifacts(run.info.run_id, pictures[0], str(tmp_path))
     assert np.array_equal(np.array(Image.open(found)), GRID)
+
+
+def test_labels_that_mlflow_does_not_take_are_kept_apart(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = _configured(tmp_path, mlflow={"experiment": "e"})
+    with MetricsLog(tmp_path, trackers=open_trackers(config, tmp_path)) as log:
+        log.append(0, ODD)
+    assert not caplog.records
+    client = MlflowClient(tracking_uri=(tmp_path / "mlflow").as_uri())
+    (run,) = client.search_runs([client.get_experiment_by_name("e").experiment_id])
+    assert sorted(run.data.metrics.values()) == sorted(ODD.values())
+    assert run.data.metrics["reward/__/x_mean"] == 4.0
 
 
 def test_no_key_is_found_before_anything_starts_and_none_is_stored(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from texforce_ray.config_io import load_config
+from texforce_ray import report, status
+from texforce_ray.config_io import load_config, make_config, resolve_run_dir
 from texforce_ray.errors import ConfigError, RunDirectoryError
 from texforce_ray.records.run_directory import RunDirectory, check_resumable, read_config
+from texforce_ray.records.status import StatusFile
 from texforce_ray.run import _resumed
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
@@ -73,3 +76,63 @@ def test_resume_auto_needs_a_fixed_place_and_a_config(tmp_path: Path) -> None:
         _resumed(SMOKE, "auto", [])
     with pytest.raises(ConfigError, match="--config FILE"):
         _resumed(None, "auto", [])
+
+
+LABELS = ("ästhetik", "my reward", "a/b", "日本", "../x", "<b>x</b>", "x_mean")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "exp #3/ü lauf", "100% {x} $HOME", "q?x=1&y", "日本語", "[brackets]*", "'quote\"",
+        "back\\slash", "${oc.env:HOME}", "new\nline", "d" * 200 + "/" + "e" * 200,
+    ],
+)  # fmt: skip
+def test_a_run_may_have_any_name_and_rewards_any_label(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewards = [{"name": "shapes", "label": label} for label in LABELS]
+    run = tmp_path / name
+    given = make_config({"run_dir": str(run), "rewards": rewards, "eval": {"every": 1}})
+    with RunDirectory.create(given, "digest") as directory:
+        StatusFile(run).write({"state": "finished", "version": 1, "iterations": 1})
+        totals = {"reward/total_mean": 0.5, "eval/total": 0.5}
+        directory.metrics.append(0, totals | {f"reward/{label}_mean": 0.1 for label in LABELS})
+        columns = {"seed": np.arange(2), "masked": np.array([True, False])}
+        directory.write_samples(0, columns | {f"reward_{label}": np.ones(2) for label in LABELS})
+        directory.write_grid(1, np.zeros((2, 64, 64, 3), np.uint8), ["ü", "b"], np.ones(2))
+        page = directory.report().read_text()
+        assert directory.recorded_mask(0, np.arange(2)).tolist() == [False, True]
+    assert "<b>x</b>" not in page
+    again = read_config(run)
+    assert again == given
+    RunDirectory.reopen(again, 1, check_resumable(again, "digest")).close()
+    assert status.main([str(run), "--once"]) == 0
+    assert report.main([str(run)]) == 0
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("x" * 300, "Choose a shorter run_dir"),
+        ("y/" * 2500, "Choose a shorter run_dir"),
+        ("nul\0", "run_dir: .* not text"),
+        ("\udcff", "run_dir: .* not text"),
+    ],
+)
+def test_a_name_that_no_folder_can_have_is_refused(tmp_path: Path, name: str, said: str) -> None:
+    config = make_config({"run_dir": f"{tmp_path}/{name}"})
+    with pytest.raises((ConfigError, RunDirectoryError), match=said):
+        RunDirectory.create(resolve_run_dir(config), "digest")
+
+
+def test_no_name_is_not_the_working_directory() -> None:
+    with pytest.raises(ConfigError, match="run_dir"):
+        resolve_run_dir(make_config({"run_dir": ""}))
+
+
+@pytest.mark.parametrize("labels", [["total"], ["drift"], ["x", "base_x"], ["a\nb"], ["x" * 101]])
+def test_labels_that_metrics_have_another_use_for_are_refused(labels: list[str]) -> None:
+    with pytest.raises(ConfigError, match="label"):
+        make_config({"rewards": [{"name": "shapes", "label": label} for label in labels]})

@@ -138,6 +138,8 @@ def write_error(path: Path, error: OSError) -> RunDirectoryError:
         advice = "A file lies where a directory is needed: move it away or choose another run_dir."
     elif error.errno in (errno.ENOSPC, errno.EDQUOT):
         advice = "Free some space, then resume the run, or choose another run_dir."
+    elif error.errno == errno.ENAMETOOLONG:
+        advice = "Choose a shorter run_dir."
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         advice = "Choose a run_dir that this user may write, or change its permissions."
     else:

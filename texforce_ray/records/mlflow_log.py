@@ -80,8 +80,14 @@ class MlflowLog:
 
 
 def _allowed(name: str) -> str:
-    """With `_` for what MLflow takes in no name; a reward's label may hold anything."""
-    return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)
+    """A name that MLflow takes; a reward's label may hold anything.
+
+    ASCII that it does not take becomes `_`; other characters their number, so that two labels in
+    another script stay two. Nor may a name lead elsewhere as a path does.
+    """
+    plain = "".join(c if c.isascii() else f"_{ord(c):x}" for c in name)
+    parts = re.sub(r"[^\w\-. :/]", "_", plain, flags=re.ASCII).split("/")
+    return "/".join("_" * max(1, len(p)) if p in ("", ".", "..") else p for p in parts)
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -55,7 +55,8 @@ class RunDirectory:
             RunDirectoryError: not writable, in use, or there is a run already.
         """
         path = Path(config.run_dir)
-        if any((path / name).exists() for name in ("metrics.jsonl", "samples", "checkpoints")):
+        # os.path: Path.exists() raises where a name is too long, which is reported below.
+        if any(os.path.exists(path / n) for n in ("metrics.jsonl", "samples", "checkpoints")):
             raise RunDirectoryError(
                 f"{path} already holds a run; continue it with --resume {path}, or choose another "
                 "run_dir"
