@@ -75,3 +75,36 @@ def test_a_learner_fetches_what_holds_its_samples_and_no_unit_more(
         assert all(
             wanted & set(range(u * unit, (u + 1) * unit)) for u in range(own.start, own.stop)
         )
+
+
+def test_learners_wait_for_each_other_as_long_as_an_update_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They meet first and exchange only after the pass over all samples, maybe hours later."""
+    from types import SimpleNamespace
+
+    from texforce_ray.actors.learner import LearnerActor
+    from texforce_ray.config_io import make_config
+    from texforce_ray.rl import group
+
+    met: list[tuple] = []
+    monkeypatch.setattr(group, "Together", lambda *given: met.append(given) or group.Alone())
+    actor = object.__new__(LearnerActor)
+    actor.config = make_config({"learner": {"timeout_s": 7000}, "ray": {"start_timeout_s": 180}})
+    actor._address = None
+    backbone = SimpleNamespace(device="cpu")
+    actor.learner = SimpleNamespace(backbone=backbone, group=group.Alone())  # type: ignore[assignment]
+    actor._join(Membership(1, 2, "tcp://host:1"))
+    assert met == [("tcp://host:1", 1, 2, "cpu", 7000)]
+
+
+def test_leaving_a_group_does_not_wait_for_dead_peers() -> None:
+    import torch
+    import torch.distributed as dist
+
+    from texforce_ray.rl.group import Together
+
+    together = Together("tcp://127.0.0.1:0", 0, 1, torch.device("cpu"), 60)
+    assert together.gather(torch.ones(1, 2)).tolist() == [[1, 1]]
+    together.close()
+    assert not dist.is_initialized()
