@@ -38,6 +38,7 @@ def fails(*arguments: str, directory: Path, timeout: float = 60) -> str:
         (["rewards=[{name: beauty}]"], ["beauty", "jpeg_compressibility"]),
         (["run_dir=FILE/run"], ["FILE"]),
         (["run_dir=/proc/texforce"], ["/proc/texforce"]),
+        (["run_dir=s3://bucket/run"], ["run_dir", "'s3://bucket/run' is a URI", "mount"]),
     ],
 )
 def test_wrong_config(overrides: list[str], expected: list[str], tmp_path: Path) -> None:

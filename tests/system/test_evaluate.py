@@ -63,7 +63,7 @@ def test_sums_of_adapters_on_several_prompt_sets(plain: Finished, tmp_path: Path
 def test_a_term_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     done = evaluate("--fuse", "both=a*x+b", "--out", str(tmp_path / "out"))
     assert done.returncode == 1
-    assert "'a*x' should look like DIR*0.5" in done.stderr
+    assert "'a*x' neither exists nor looks like DIR*0.5" in done.stderr
 
 
 def test_what_is_no_adapter_is_refused_before_anything_starts(tmp_path: Path) -> None:
