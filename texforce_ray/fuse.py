@@ -78,7 +78,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.rank is not None and options.rank < 1:
         raise ConfigError(f"--rank: {options.rank} should be at least 1")
     given = [weighted(text, "=", "DIR=0.5") for text in options.adapters]
-    from texforce_ray.model.location import adapter_files
+    from texforce_ray.model.location import adapter_files, layers_per_block
     from texforce_ray.records.files import check_writable
 
     for path, _ in given:
@@ -90,7 +90,8 @@ def _run(options: argparse.Namespace) -> None:
     from texforce_ray.model.fusion import compress, fuse
     from texforce_ray.records.files import atomic_write_text
 
-    adapters = [(weight, read_adapter(path)) for path, weight in given]
+    blocks = layers_per_block(base)
+    adapters = [(weight, read_adapter(path, None, blocks)) for path, weight in given]
     result, error = fuse(adapters), 0.0
     exact = {part: shape.rank for part, shape in result.shapes.items()}
     if options.rank is not None:

@@ -168,6 +168,10 @@ def test_two_iterations_then_export_and_reload(
     assert _difference(live, _stock(name, path)) > 0
     export_adapter(snapshot, tmp_path / "adapter", str(path))
     assert _difference(_stock(name, path, tmp_path / "adapter"), live) <= 1
+    kohya = tmp_path / "adapter" / "kohya.safetensors"
+    if name in ("sd15", "sdxl"):  # one and two text encoders
+        assert _difference(_stock(name, path, kohya), live) <= 1
+    assert read_adapter(kohya).adapters.keys() == snapshot.adapters.keys()
     fresh = load_backbone(str(path))
     read = read_adapter(tmp_path / "adapter")
     Adapter(fresh, read.shapes, seed=9).load(read)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from texforce_ray.errors import ConfigError
+from texforce_ray.model.inspection import check_pipeline
 from texforce_ray.model.snapshot import PARTS
 from texforce_ray.records.files import from_json
 
 EMBEDDED = Path(__file__).parent.parent / "shapes" / "weights"
-SUPPORTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 DIFFUSERS_PICKLE = "pytorch_lora_weights.bin"
 KOHYA_FILE = "kohya.safetensors"
@@ -18,29 +18,62 @@ PEFT_PICKLE = "adapter_model.bin"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def locate_model(path: str) -> str:
-    """The directory of 'embedded' or of a local path; a hub id as it is.
+def locate_model(path: str, variant: str | None = None, single_file: str | None = None) -> str:
+    """The directory of 'embedded' or of a local pipeline; a hub id or single file as it is.
+
+    Args:
+        path: `model.path`.
+        variant: `model.variant`.
+        single_file: `model.single_file_config`.
 
     Raises:
-        ConfigError: a local path that is not a diffusers pipeline, or one of another kind.
+        ConfigError: a local path that is no pipeline, or one that would not be drawn as stock does.
     """
+    folder = Path(path).expanduser()
+    if folder.suffix.lower() in (".safetensors", *_PICKLES):
+        return _single_file(path, folder, single_file)
+    if single_file is not None:
+        raise ConfigError(
+            f"model.single_file_config: means nothing with model.path {path!r}, which is no "
+            ".safetensors file; leave it null"
+        )
     if path == "embedded":
         return str(EMBEDDED)
-    folder = Path(path).expanduser()
-    index = folder / "model_index.json"
-    if not index.is_file():
-        if folder.exists() or path.startswith((".", "/", "~")):
+    if not (folder / "model_index.json").is_file():
+        if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
             raise ConfigError(
-                f"model.path: {path} is not a diffusers pipeline: it holds no model_index.json"
+                f"model.path: {path} is not a diffusers pipeline: "
+                + ("it holds no model_index.json" if folder.exists() else "it does not exist")
             )
         return path
-    try:
-        kind = from_json(index.read_text()).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"model.path: {index} cannot be read: {error}") from None
-    if kind not in SUPPORTED:
-        raise ConfigError(f"model.path: {path} holds a {kind}; supported is {', '.join(SUPPORTED)}")
+    check_pipeline(folder, path, variant)
     return str(folder)
+
+
+def _single_file(path: str, file: Path, config: str | None) -> str:
+    """A checkpoint in one file, as other programs distribute them."""
+    if not file.is_file():
+        raise ConfigError(f"model.path: the checkpoint {path} does not exist")
+    if file.suffix.lower() != ".safetensors":
+        raise ConfigError(
+            f"model.path: {path} is a pickle, which may run code when it is opened; convert it to "
+            ".safetensors or to a diffusers directory"
+        )
+    if config is None:
+        raise ConfigError(
+            f"model.path: {path} is a single-file checkpoint: set model.single_file_config to a "
+            "diffusers directory of the same kind of model (its configs and tokenizers are read, "
+            "its weights are not), or convert it with diffusers: "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        )
+    folder = Path(config).expanduser()
+    if not (folder / "model_index.json").is_file():
+        raise ConfigError(
+            f"model.single_file_config: {config} is not a diffusers directory: it holds no "
+            "model_index.json"
+        )
+    check_pipeline(folder, config, weights=False)
+    return str(file)
 
 
 def find_adapter(path: Path, origin: str | None = None) -> dict[str, Path]:
@@ -117,6 +150,16 @@ def base_of(path: Path) -> str | None:
         known = isinstance(base, str) and base not in ("", "unknown")
         return same_base(base) if known else None
     return None
+
+
+def layers_per_block(base: str) -> int:
+    """A local pipeline's U-Net's; 2, as of every published Stable Diffusion, if none is found."""
+    folder = EMBEDDED if base == "embedded" else Path(base).expanduser()
+    try:
+        found = from_json((folder / "unet" / "config.json").read_bytes())["layers_per_block"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 2
+    return found if isinstance(found, int) else 2
 
 
 def same_base(base: str) -> str:
