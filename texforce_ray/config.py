@@ -50,7 +50,8 @@ class ModelConfig(_Section):
 
     path: str = Field(
         "embedded",
-        description="'embedded' (the shapes world), a diffusers directory, or a hub id",
+        description="'embedded' (the shapes world), a diffusers directory, a hub id, or one "
+        ".safetensors file with single_file_config",
     )
     revision: str | None = Field(None, description="hub revision to pin")
     variant: str | None = Field(None, description="weight file variant, e.g. 'fp16'")
@@ -62,6 +63,11 @@ class ModelConfig(_Section):
         (),
         description="LoRAs of the U-Net that are merged into it and stay frozen: a PEFT folder, a "
         "diffusers LoRA file or folder, or an old attn_procs file",
+    )
+    single_file_config: str | None = Field(
+        None,
+        description="where path is one .safetensors file: a diffusers directory of the same kind "
+        "of model, whose configs and tokenizers are read",
     )
     compile: bool = Field(
         False,
@@ -116,6 +122,30 @@ class DiffusionConfig(_Section):
         "float32",
         description="dtype of stored latents; the sampler continues from the stored value",
     )
+    height: int | None = Field(None, ge=8, description="of images in pixels; null: the model's own")
+    width: int | None = Field(None, ge=8, description="of images in pixels; null: the model's own")
+    clip_skip: int | None = Field(
+        None,
+        ge=1,
+        description="layers of the text encoder to leave out, counted as diffusers does: 1 takes "
+        "the last but one (what other programs call 2)",
+    )
+    negative_prompt: str | None = Field(
+        None,
+        description="what guidance leads away from, through the same trained encoder; null: the "
+        "empty prompt",
+    )
+
+    @model_validator(mode="after")
+    def _guided(self) -> DiffusionConfig:
+        if (self.height is None) != (self.width is None):
+            raise ValueError("height, width: give both, or leave both null for the model's own")
+        if self.negative_prompt and self.guidance_scale <= 1:
+            raise ValueError(
+                f"negative_prompt: has no effect with guidance_scale {self.guidance_scale:g}; "
+                "leave it null, or set guidance_scale above 1"
+            )
+        return self
 
 
 class PromptSource(_Section):
@@ -246,7 +276,12 @@ class RewardConfig(_Section):
     num_cpus: float = placement(0.1, "CPUs that Ray reserves for each server", ge=0)
     num_gpus: float = placement(0.0, "GPUs that Ray reserves for each server", ge=0)
     resources: dict[str, float] = placement({}, "custom Ray resources for each server")
-    timeout_s: float = placement(300.0, "deadline of one call", gt=0)
+    timeout_s: float = placement(
+        300.0,
+        "deadline of one call, after which its server is restarted; the web clients of built-in "
+        "rewards stop a little earlier, whatever their own timeout_s and retries",
+        gt=0,
+    )
     retries: int = placement(
         2, "further tries of a failed call before its samples are masked", ge=0
     )
@@ -470,7 +505,12 @@ class RayConfig(_Section):
     )
     start_timeout_s: float = placement(180.0, "deadline for all actors to be ready", gt=0)
     resource_timeout_s: float = placement(20.0, "how long to wait for room on the cluster", gt=0)
-    max_restarts: int = placement(3, "restarts of each actor", ge=0)
+    max_restarts: int = placement(
+        3,
+        "restarts of each rollout actor and learner; those of reward servers count against "
+        "max_run_restarts alone",
+        ge=0,
+    )
     max_run_restarts: int = placement(
         100, "failures of actors in one run beyond which it stops", ge=0
     )
@@ -654,6 +694,12 @@ class Config(_Section):
                 "a multiple of the most learners that you may want"
             )
         self._check_colocated()
+        if self.learner.num_workers > 1 and 0 < self.learner.num_gpus < 1:
+            raise ValueError(
+                f"learner.num_gpus: {self.learner.num_gpus:g} with learner.num_workers = "
+                f"{self.learner.num_workers}: learners that share a GPU cannot exchange gradients "
+                "(NCCL: duplicate GPU); use 1 each, or one learner"
+            )
         if late := [i for i in self.profile if i >= self.iterations]:
             raise ValueError(
                 f"profile: there is no iteration {late[0]}: they are counted from 0 to "

@@ -137,7 +137,8 @@ def _run_beside(job: Coroutine[Any, Any, RunResult]) -> RunResult:
 def check_inputs(config: Config) -> tuple[list[Prompt], list[Prompt]]:
     """Training and evaluation prompts; fails before anything is started if an input is wrong."""
     check_startable(config)
-    locate_model(config.model.path)
+    model = config.model
+    locate_model(model.path, model.variant, model.single_file_config)
     check_trackers(config.track)
     for reward in config.rewards:
         resolve(reward.name, reward.target)

@@ -18,7 +18,7 @@ LAYERS = [
     ["randomness"],
     ["config", "config_help", "overrides", "config_io", "trust"],
     ["shapes"],
-    ["rewards", "prompts", "model.snapshot", "model.location", "records"],
+    ["rewards", "prompts", "model.snapshot", "model.inspection", "model.location", "records"],
     ["diffusion", "model"],
     ["rl"],
     ["actors"],

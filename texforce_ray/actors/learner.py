@@ -53,7 +53,7 @@ class LearnerActor:
 
         quiet_libraries()
         torch.set_num_threads(config.learner.num_threads)
-        self._begin(load_config_backbone(config.model, config.learner.num_gpus), config)
+        self._begin(load_config_backbone(config, config.learner.num_gpus), config)
 
     def _begin(self, backbone: Backbone, config: Config) -> None:
         from texforce_ray.model.effect import EffectProbe

@@ -54,7 +54,7 @@ class RolloutActor:
         torch.set_num_threads(config.rollout.num_threads)
         self.config = config
         d = config.diffusion
-        self.backbone = load_config_backbone(config.model, config.rollout.num_gpus)
+        self.backbone = load_config_backbone(config, config.rollout.num_gpus)
         self.sampler = Sampler(
             self.backbone,
             steps=d.steps,
@@ -128,14 +128,16 @@ class RolloutActor:
         from texforce_ray.model.adapter_files import read_adapter
         from texforce_ray.model.fusion import fuse
 
+        blocks = self.backbone.unet.config.layers_per_block
+        per_block = blocks if isinstance(blocks, int) else max(blocks)
         found = []
         for weight, origin, files in adapters:
             with tempfile.TemporaryDirectory() as folder:
                 for name, data in files.items():
                     (Path(folder) / name).parent.mkdir(exist_ok=True)
                     (Path(folder) / name).write_bytes(data)
-                found.append((weight, read_adapter(Path(folder), origin)))
-        # As it is, convolutions too, which sums of adapters leave out.
+                found.append((weight, read_adapter(Path(folder), origin, per_block)))
+        # As it is: the same bits.
         if len(found) == 1 and found[0][0] == 1.0:
             return None, found[0][1]
         return None, fuse(found)

@@ -85,7 +85,7 @@ def find_size(config: Config, role: Role) -> int:
     if config.model.device == "cpu" or (config.model.device == "auto" and not gpus):
         return on_cpu
     quiet_libraries()
-    backbone = load_config_backbone(config.model, gpus)
+    backbone = load_config_backbone(config, gpus)
     device = backbone.device
     if device.type != "cuda":
         return on_cpu

@@ -12,17 +12,17 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
-    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
 
-from texforce_ray.config import ModelConfig
+from texforce_ray.config import Config
 from texforce_ray.errors import ConfigError
 from texforce_ray.model import attention
 from texforce_ray.model.frozen import load_unet, merge_unet_adapter
-from texforce_ray.model.location import SUPPORTED, locate_model
+from texforce_ray.model.loading import load_pipeline
+from texforce_ray.model.location import locate_model
 from texforce_ray.model.snapshot import TEXT_ENCODERS, UNET
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -77,11 +77,26 @@ class Tokens:
     truncated: list[bool]
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """How stock pipelines are asked to draw: their arguments of the same names.
+
+    height, width: pixels; None: the model's own. clip_skip: layers of the text encoder that are
+    left out. negative_prompt: what guidance leads away from; None: the empty prompt.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    clip_skip: int | None = None
+    negative_prompt: str | None = None
+
+
 class Backbone:
     """Stable Diffusion 1.x, 2.x and SD-Turbo: one CLIP text encoder, a U-Net, a VAE, noise."""
 
-    def __init__(self, pipe: Any, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, pipe: Any, device: torch.device, drawing: Drawing = Drawing()) -> None:
+        self.device, self.drawing = device, drawing
+        self.compiled = False
         self._noise_dtype: torch.dtype | None = None
         self.pipe = pipe.to(device)
         self.unet: UNet2DConditionModel = pipe.unet.eval().requires_grad_(False)
@@ -96,6 +111,27 @@ class Backbone:
             pipe.scheduler.config, clip_sample=False, thresholding=False
         )
         self.init_noise_sigma = float(self.scheduler.init_noise_sigma)
+        self._check_drawing()
+
+    def _check_drawing(self) -> None:
+        d, scale = self.drawing, self.pipe.vae_scale_factor
+        for name in ("height", "width"):
+            if (value := getattr(d, name)) is not None and value % scale:
+                raise ConfigError(
+                    f"diffusion.{name}: {value} is no multiple of {scale}, the size of a latent"
+                )
+        layers = min(encoder.config.num_hidden_layers for encoder in self.text_encoders)
+        most = layers - 1 - (len(self.text_encoders) > 1)  # SDXL skips one anyway
+        if d.clip_skip is not None and d.clip_skip > most:
+            raise ConfigError(
+                f"diffusion.clip_skip: {d.clip_skip} leaves no layer of a text encoder of "
+                f"{layers}; at most {most}"
+            )
+
+    def compile(self) -> None:
+        """torch.compile the U-Net; every shape it then sees follows from the batch size alone."""
+        self.unet.compile(dynamic=False)
+        self.compiled = True
 
     def _encoders(self) -> list[Any]:
         return [self.pipe.text_encoder]
@@ -136,14 +172,19 @@ class Backbone:
         """(C, h, w) of the latents."""
         size = self.unet.config.sample_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
+        d, scale = self.drawing, self.pipe.vae_scale_factor
+        height = height if d.height is None else d.height // scale
+        width = width if d.width is None else d.width // scale
         return self.unet.config.in_channels, height, width
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         """Padded ids of each prompt for each encoder; longer ones are cut at its limit."""
-        texts, ids = list(prompts), []
-        truncated = [False] * len(texts)
-        for tokenizer in self._tokenizers():
-            limit = tokenizer.model_max_length
+        ids, truncated = [], [False] * len(prompts)
+        for tokenizer, encoder in zip(self._tokenizers(), self.text_encoders, strict=True):
+            # A textual inversion of several vectors stands in the prompt as one word.
+            texts = self.pipe.maybe_convert_prompt(list(prompts), tokenizer)
+            # Some tokenizers say nothing of their limit, which transformers takes for 1e30.
+            limit = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
             ids.append(
                 tokenizer(
                     texts,
@@ -159,12 +200,25 @@ class Backbone:
 
     def encode(self, ids: Sequence[Tensor]) -> Conditioning:
         """The policy's forward pass: ids as from `tokenize` to embeddings, with gradient."""
-        hidden = self.text_encoder(ids[0].to(self.device), attention_mask=None)[0]
-        return Conditioning(hidden.to(self.dtype))
+        return self._encode(ids, self.drawing.clip_skip)
 
     def encode_empty(self) -> Conditioning:
-        """What guidance leads away from: the empty prompt, through the same trainable encoder."""
-        return self.encode(self.tokenize([""]).ids)
+        """What guidance leads away from, through the same trainable encoder.
+
+        The negative prompt, or the empty one. As in stock pipelines, no layer is skipped for it.
+        """
+        return self._encode(self.tokenize([self.drawing.negative_prompt or ""]).ids, None)
+
+    def _encode(self, ids: Sequence[Tensor], clip_skip: int | None) -> Conditioning:
+        encoder, tokens = self.text_encoder, ids[0].to(self.device)
+        if clip_skip is None:
+            hidden = encoder(tokens, attention_mask=None)[0]
+        else:
+            layers = encoder(tokens, attention_mask=None, output_hidden_states=True).hidden_states
+            # transformers 5.6 moved the layers of `text_model` into the model itself.
+            norm = getattr(encoder, "text_model", encoder).final_layer_norm
+            hidden = norm(layers[-(clip_skip + 1)])
+        return Conditioning(hidden.to(self.dtype))
 
     def predict(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The U-Net's output for x [B, C, h, w] at timesteps [B], each row with its prompt."""
@@ -184,8 +238,15 @@ class Backbone:
         self, x: Tensor, timesteps: Tensor, prepared: Prepared, rows: np.ndarray
     ) -> Tensor:
         """`predict`, where row b has prompt `rows[b]` (int64 [B]) of the prepared ones."""
-        groups = torch.from_numpy(attention.group_rows(rows)).to(self.device)
-        pooled, time_ids = prepared.pooled, prepared.time_ids
+        pooled, time_ids, shared = prepared.pooled, prepared.time_ids, prepared.keys_values
+        folded = attention.group_rows(rows)
+        if self.compiled:
+            # How many prompts there are, and how they lie, changes from batch to batch: chosen
+            # here, all shapes within follow from the batch size, and nothing compiles again.
+            chosen = torch.from_numpy(rows).to(self.device)
+            shared = tuple(t.index_select(0, chosen).to(self.dtype) for t in shared)
+            folded = np.arange(len(rows))
+        groups = torch.from_numpy(folded).to(self.device)
         if pooled is not None and time_ids is not None:
             index = torch.from_numpy(rows).to(self.device)
             # Cast after the choice, as keys and values: see `attention`.
@@ -194,8 +255,8 @@ class Backbone:
         return self.unet(
             x.to(self.dtype),
             timesteps,
-            encoder_hidden_states=prepared.keys_values[0],  # says only that there are prompts
-            cross_attention_kwargs={"keys_values": prepared.keys_values, "groups": groups},
+            encoder_hidden_states=shared[0],  # says only that there are prompts
+            cross_attention_kwargs={"keys_values": shared, "groups": groups},
             added_cond_kwargs=self._added(pooled, time_ids),
         ).sample
 
@@ -206,8 +267,12 @@ class Backbone:
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] to images in [0, 1], [B, 3, H, W], with gradient."""
-        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        scaled = self._unscaled(latents.to(self.vae.dtype))
         return (self.vae.decode(scaled).sample / 2 + 0.5).clamp(0, 1)
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        """Latents as the VAE means them."""
+        return latents / self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -219,8 +284,8 @@ class Backbone:
 class XlBackbone(Backbone):
     """SDXL and SDXL-Turbo: two text encoders, a pooled embedding, the image's size."""
 
-    def __init__(self, pipe: Any, device: torch.device) -> None:
-        super().__init__(pipe, device)
+    def __init__(self, pipe: Any, device: torch.device, drawing: Drawing = Drawing()) -> None:
+        super().__init__(pipe, device, drawing)
         if self.vae.config.force_upcast:  # in half precision its decoder overflows: black images
             self.vae.float()
         _, height, width = self.latent_shape
@@ -234,11 +299,11 @@ class XlBackbone(Backbone):
     def _tokenizers(self) -> list[Any]:
         return [self.pipe.tokenizer, self.pipe.tokenizer_2]
 
-    def encode(self, ids: Sequence[Tensor]) -> Conditioning:
+    def _encode(self, ids: Sequence[Tensor], clip_skip: int | None) -> Conditioning:
         hidden, pooled = [], None
         for encoder, part in zip(self.text_encoders, ids, strict=True):
             output = encoder(part.to(self.device), output_hidden_states=True)
-            hidden.append(output.hidden_states[-2].to(self.dtype))
+            hidden.append(output.hidden_states[-((clip_skip or 0) + 2)].to(self.dtype))
             pooled = output[0]
         assert pooled is not None  # the second encoder's projection
         time_ids = self._time_ids.expand(len(ids[0]), -1)
@@ -246,12 +311,20 @@ class XlBackbone(Backbone):
 
     def encode_empty(self) -> Conditioning:
         empty = super().encode_empty()
-        if not self.pipe.config.force_zeros_for_empty_prompt:
+        given = self.drawing.negative_prompt is not None
+        if given or not self.pipe.config.force_zeros_for_empty_prompt:
             return empty
         assert empty.pooled is not None
         return Conditioning(
             torch.zeros_like(empty.hidden), torch.zeros_like(empty.pooled), empty.time_ids
         )
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        mean, std = (getattr(self.vae.config, f"latents_{key}", None) for key in ("mean", "std"))
+        if mean is None or std is None:
+            return super()._unscaled(latents)
+        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        return latents * std / self.vae.config.scaling_factor + mean
 
     def _added(self, pooled: Tensor | None, time_ids: Tensor | None) -> dict[str, Tensor] | None:
         assert pooled is not None
@@ -268,58 +341,41 @@ def load_backbone(
     variant: str | None = None,
     unet: str | None = None,
     unet_adapters: Sequence[str] = (),
+    single_file_config: str | None = None,
+    drawing: Drawing = Drawing(),
 ) -> Backbone:
-    """Load a diffusers pipeline directory or hub id; 'embedded' is the shapes world.
+    """Load a diffusers pipeline directory, hub id or single file; 'embedded' is the shapes world.
 
     `unet` replaces the pipeline's U-Net by another; `unet_adapters` are merged into it.
 
     Raises:
-        ConfigError: nothing there, or not a pipeline of a supported kind; an adapter of another
-            U-Net.
+        ConfigError: nothing there, not a pipeline of a supported kind, or one that is incomplete;
+            an adapter of another U-Net.
     """
-    location = locate_model(path)
-    try:
-        kind, extra = _kind(location, revision)
-        pipe = kind.from_pretrained(
-            location,
-            dtype=DTYPES[dtype],
-            revision=revision,
-            variant=variant,
-            feature_extractor=None,
-            image_encoder=None,
-            **extra,
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: cannot load {path!r}: {error}") from error
+    pipe = load_pipeline(
+        locate_model(path, variant, single_file_config),
+        path,
+        DTYPES[dtype],
+        revision=revision,
+        variant=variant,
+        single_file_config=single_file_config,
+    )
     pipe.set_progress_bar_config(disable=True)
     if unet is not None:
         pipe.unet = load_unet(unet, DTYPES[dtype], pipe.unet)
     for adapter in unet_adapters:
         merge_unet_adapter(pipe, adapter)
-    family = XlBackbone if kind is StableDiffusionXLPipeline else Backbone
-    return family(pipe, torch.device(device))
+    family = XlBackbone if isinstance(pipe, StableDiffusionXLPipeline) else Backbone
+    return family(pipe, torch.device(device), drawing)
 
 
-def _kind(location: str, revision: str | None) -> tuple[Any, dict[str, Any]]:
-    """The pipeline class that the directory or hub repository names, and its own arguments."""
-    index = StableDiffusionPipeline.load_config(location, revision=revision)
-    name = index.get("_class_name")
-    if name == "StableDiffusionXLPipeline":
-        return StableDiffusionXLPipeline, {"add_watermarker": False}
-    if name == "StableDiffusionPipeline":
-        return StableDiffusionPipeline, {
-            "safety_checker": None,
-            "requires_safety_checker": False,
-        }
-    raise ConfigError(f"model.path: {location} holds a {name}; supported is {', '.join(SUPPORTED)}")
-
-
-def load_config_backbone(model: ModelConfig, num_gpus: float) -> Backbone:
+def load_config_backbone(config: Config, num_gpus: float) -> Backbone:
     """The configured backbone on the device that this process was given."""
+    model, d = config.model, config.diffusion
     device = model.device
     if device == "auto":
         device = "cuda" if num_gpus > 0 and torch.cuda.is_available() else "cpu"
-    if device == "cuda" and model.dtype == "float32":
+    if torch.device(device).type == "cuda" and model.dtype == "float32":
         # TF32's ten bits would make sampler and learner disagree by more than PPO's clip range.
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
@@ -331,8 +387,9 @@ def load_config_backbone(model: ModelConfig, num_gpus: float) -> Backbone:
         variant=model.variant,
         unet=model.unet,
         unet_adapters=model.unet_adapters,
+        single_file_config=model.single_file_config,
+        drawing=Drawing(d.height, d.width, d.clip_skip, d.negative_prompt),
     )
     if model.compile:
-        # Shapes stay what they were at first; symbolic ones do not pass the grouping of attention.
-        backbone.unet.compile(dynamic=False)
+        backbone.compile()
     return backbone

@@ -14,6 +14,8 @@ from torch import nn
 from texforce_ray.errors import ConfigError
 from texforce_ray.model.adapter_files import read_adapter
 from texforce_ray.model.fusion import merge, update_of
+from texforce_ray.model.inspection import check_unet
+from texforce_ray.model.loading import complete
 from texforce_ray.model.location import (
     DIFFUSERS_FILE,
     DIFFUSERS_PICKLE,
@@ -33,13 +35,17 @@ def load_unet(path: str, dtype: torch.dtype, replaced: UNet2DConditionModel) -> 
     folder = Path(path).expanduser()
     inside = (folder / "unet" / "config.json").is_file()
     try:
-        unet = UNet2DConditionModel.from_pretrained(
+        unet, loaded = UNet2DConditionModel.from_pretrained(
             str(folder) if folder.exists() else path,
             subfolder="unet" if inside else None,
             dtype=dtype,
+            output_loading_info=True,
         )
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"model.unet: cannot load {path!r}: {error}") from error
+    xl = replaced.config["addition_embed_type"] == "text_time"
+    check_unet(dict(unet.config), f"model.unet: {path}", xl=xl)
+    complete(unet, loaded, f"model.unet: {path}")
     for key in ("in_channels", "out_channels", "cross_attention_dim", "sample_size"):
         if unet.config[key] != replaced.config[key]:
             raise ConfigError(

@@ -262,10 +262,10 @@ class Learner(Trainer):
             found: Sequence[Tensor | None] = [None] * len(direct)
             shift = 0
             if through:
-                outputs, grads = zip(*through, strict=True)
-                grads, shift = to_encoder(grads, outputs)
+                outputs, sums = zip(*through, strict=True)
+                scaled, shift = to_encoder(sums, outputs)
                 # SDXL reads the layer before an encoder's last one: that has no gradient.
-                found = torch.autograd.grad(outputs, self.parameters, grads, allow_unused=True)
+                found = torch.autograd.grad(outputs, self.parameters, scaled, allow_unused=True)
             back = 2.0**-shift
             found = [None if gradient is None else gradient * back for gradient in found]
             return [
