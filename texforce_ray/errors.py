@@ -6,6 +6,7 @@ Imports nothing of the package: reward environments import this file without tor
 from __future__ import annotations
 
 import re
+from typing import Any
 
 
 class TexForceError(Exception):
@@ -97,7 +98,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 _SECRET_NAME = re.compile(
-    r"(^|_)(api_?|access_?)?(key|token|secret|password|passwd|credentials?|auth\w*|bearer)$",
+    r"(^|_)(api_?|access_?)?(key|token|secret|password|passwd|credentials?|auth|authori[sz]ation|bearer)$",
     re.IGNORECASE,
 )
 _USERINFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@'\"]+@", re.IGNORECASE)
@@ -120,3 +121,26 @@ def secrets(values: object, name: str = "") -> list[str]:
         return [found for value in values for found in secrets(value, name)]
     hidden = isinstance(values, str) and _SECRET_NAME.search(name) and not name.endswith("_env")
     return [str(values)] if hidden and values else []
+
+
+def shareable(values: Any, name: str = "") -> Any:
+    """Plain data of a config without its secrets, for trackers and reports that others see."""
+    if isinstance(values, dict):
+        return {key: shareable(value, str(key)) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [shareable(value, name) for value in values]
+    if secrets(values, name):
+        return _HIDDEN
+    return redacted(values) if isinstance(values, str) else values
+
+
+_YAML_LINE = re.compile(r"^([ -]*([\w-]+): *)(\S.*)$", re.MULTILINE)
+
+
+def shareable_yaml(text: str) -> str:
+    """The same for a config as it is written: one value a line."""
+
+    def hide(line: re.Match[str]) -> str:
+        return f"{line[1]}{_HIDDEN}" if secrets(line[3], line[2]) else line[0]
+
+    return redacted(_YAML_LINE.sub(hide, text))

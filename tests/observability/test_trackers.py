@@ -14,7 +14,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from texforce_ray.config import Config
+from texforce_ray.config import Config, RewardConfig
 from texforce_ray.config_io import make_config
 from texforce_ray.errors import ConfigError
 from texforce_ray.records.metrics import MetricsLog
@@ -136,7 +136,10 @@ def test_no_key_is_found_before_anything_starts_and_none_is_stored(
         check_trackers(_configured(tmp_path, wandb={}).track)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     check_trackers(_configured(tmp_path, wandb={}).track)
-    _report(_configured(tmp_path / "run", wandb={"mode": "offline"}), range(1), "finished")
+    secret = {"name": "http", "kwargs": {"url": f"http://me:{KEY}@host/", "token": KEY}}
+    config = _configured(tmp_path / "run", wandb={"mode": "offline"}, mlflow={})
+    rewards = (RewardConfig(**secret),)
+    _report(config.model_copy(update={"rewards": rewards}), range(1), "finished")
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 5
     assert not [path for path in files if KEY.encode() in path.read_bytes()]

@@ -17,7 +17,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from texforce_ray.errors import RewardError, is_device_fault, is_out_of_memory, redacted
+from texforce_ray.errors import (
+    RewardError,
+    is_device_fault,
+    is_out_of_memory,
+    redacted,
+    shareable,
+    shareable_yaml,
+)
 from texforce_ray.rewards import BUILT_IN, environments, find, resolve
 from texforce_ray.rewards.base import Reward, checked_scores, load_reward
 from texforce_ray.rewards.check import check_variety
@@ -245,6 +252,15 @@ def test_logs_hold_no_secret() -> None:
     text = redacted("GET https://me:pw@host:8/v1?size=2&api_key=sk-1 from redis://u@h")
     assert text == "GET https://***@host:8/v1?size=2&api_key=*** from redis://***@h"
     assert redacted("a@b at http://host/x?y=1") == "a@b at http://host/x?y=1"
+
+
+def test_configs_that_others_see_hold_no_secret() -> None:
+    kwargs = {"api_key": "sk-1", "api_key_env": "MY_KEY", "url": "http://me:pw@host/", "low": 0}
+    text = "rewards:\n- name: vlm\n  kwargs:\n    api_key: sk-1\n    api_key_env: MY_KEY\n"
+    text += "    url: http://me:pw@host/\n    max_tokens: 256\n"
+    hidden = {"api_key": "***", "api_key_env": "MY_KEY", "url": "http://***@host/", "low": 0}
+    assert shareable({"rewards": [{"kwargs": kwargs}]}) == {"rewards": [{"kwargs": hidden}]}
+    assert shareable_yaml(text) == text.replace("sk-1", "***").replace("me:pw", "***")
 
 
 def test_a_reward_that_says_the_same_of_all_images_fails_the_check() -> None:

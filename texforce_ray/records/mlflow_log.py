@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from texforce_ray.config import Config, MlflowConfig
+from texforce_ray.errors import shareable
 from texforce_ray.records.status import State
 
 _STATES = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
@@ -73,7 +74,7 @@ class MlflowLog:
     def _add_parameters(self, config: Config) -> None:
         from mlflow.entities import Param
 
-        values = dict(_flat(config.model_dump(mode="json")))
+        values = dict(_flat(shareable(config.model_dump(mode="json"))))
         given = [Param(_allowed(key), str(v)[:_LONGEST]) for key, v in values.items()]
         for first in range(0, len(given), _AT_ONCE):
             self._client.log_batch(self.identity, params=given[first : first + _AT_ONCE])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from texforce_ray.errors import shareable_yaml
 from texforce_ray.records.charts import Series, line_chart, path_chart, stacked_bars
 from texforce_ray.records.files import atomic_write_text, from_json
 from texforce_ray.records.matched import curve_of
@@ -259,7 +260,7 @@ def _config(path: Path) -> str:
         return ""
     return (
         "<section><details><summary>Configuration (config.yaml)</summary>"
-        f"<pre>{escape(text)}</pre></details></section>"
+        f"<pre>{escape(shareable_yaml(text))}</pre></details></section>"
     )
 
 

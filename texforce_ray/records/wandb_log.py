@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from texforce_ray.config import Config, WandbConfig
+from texforce_ray.errors import shareable
 from texforce_ray.records.status import State
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class WandbLog:
             resume="allow",
             mode=settings.mode,
             dir=str(run_dir),
-            config=config.model_dump(mode="json"),
+            config=shareable(config.model_dump(mode="json")),
             # It must not take over the terminal, nor read the working directory's git and code.
             settings=wandb.Settings(
                 silent=True,
