@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from texforce_ray.errors import ConfigError, TexForceError
-from texforce_ray.paths import check_local, local_path, weighted
+from texforce_ray.paths import check_local, local_path, named, weighted_sum
 
 if TYPE_CHECKING:
     from texforce_ray.config import Config
@@ -107,14 +106,14 @@ def _configure(
     if options.run is not None:
         policies["tuned"] = [(1.0, options.run / "adapter")]
     for given in options.adapter:
-        name, folder = _named(given)
+        name, folder = named(given)
         label = name or (folder.parent.name if folder.name == "adapter" else folder.name)
         _add(policies, label, [(1.0, folder)], f"--adapter NAME={folder}")
     for given in options.fuse:
         name, equals, terms = given.partition("=")
         if not equals or not name:
             raise ConfigError(f"--fuse: {given!r} should look like NAME=DIR*0.5+DIR")
-        _add(policies, name, _terms(terms), f"--fuse NAME={terms}")
+        _add(policies, name, weighted_sum(terms), f"--fuse NAME={terms}")
     for parts in policies.values():
         for _, folder in parts:
             adapter_files(folder)
@@ -154,14 +153,6 @@ def _prompts(text: str | None) -> tuple[str, dict[str, Any]]:
     return label, {f"eval.prompts.{key}": value for key, value in values.items()}
 
 
-def _named(text: str) -> tuple[str, Path]:
-    """Name ('' without one) and path of `[NAME=]DIR`."""
-    name, equals, path = text.partition("=")
-    if os.path.exists(text) or not equals or "/" in name:
-        return "", Path(text)
-    return name, Path(path)
-
-
 def _add(
     policies: dict[str, list[Weighted]], label: str, parts: list[Weighted], instead: str
 ) -> None:
@@ -170,40 +161,6 @@ def _add(
     if "/" in label or label.startswith("."):  # images are saved in a folder of that name
         raise ConfigError(f"{label!r} cannot be a name; give another one: {instead}")
     policies[label] = parts
-
-
-def _terms(text: str) -> list[Weighted]:
-    """The terms of `DIR*W+DIR`: split where each one's path exists, since paths may hold `+` too.
-
-    Raises:
-        ConfigError: more than one way to split it, or a term that is none.
-    """
-    pieces = text.split("+")
-    ways = _splits(pieces)
-    if len(ways) > 1:
-        shown = " or ".join(" and ".join(terms) for terms in ways[:2])
-        raise ConfigError(f"--fuse: {text!r} can be read as {shown}; rename or link a folder")
-    terms = ways[0] if ways else pieces
-    return [(weight, path) for path, weight in (weighted(t, "*", "DIR*0.5") for t in terms)]
-
-
-def _splits(pieces: list[str]) -> list[list[str]]:
-    """All ways to join neighbouring pieces into terms whose paths exist."""
-    if not pieces:
-        return [[]]
-    ways = []
-    for count in range(1, len(pieces) + 1):
-        term = "+".join(pieces[:count])
-        if _exists(term):
-            ways += [[term, *rest] for rest in _splits(pieces[count:])]
-    return ways
-
-
-def _exists(term: str) -> bool:
-    try:
-        return os.path.exists(weighted(term, "*", "DIR*0.5")[0])
-    except ConfigError:
-        return False
 
 
 async def _evaluate(

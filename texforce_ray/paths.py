@@ -68,3 +68,45 @@ def weighted(text: str, mark: str, example: str) -> tuple[Path, float]:
             f"{text!r} neither exists nor looks like {example} (a path with {mark!r} in its name "
             f"is taken whole if it exists; with a weight, write PATH{mark}1)"
         ) from None
+
+
+def named(text: str) -> tuple[str, Path]:
+    """Name ('' without one) and path of `[NAME=]DIR`."""
+    name, equals, path = text.partition("=")
+    if os.path.exists(text) or not equals or "/" in name:
+        return "", Path(text)
+    return name, Path(path)
+
+
+def weighted_sum(text: str) -> list[tuple[float, Path]]:
+    """Weights and paths of `DIR*W+DIR`, split where each path exists: paths may hold `+` too.
+
+    Raises:
+        ConfigError: more than one way to split it, or a term that is none.
+    """
+    pieces = text.split("+")
+    ways = _splits(pieces)
+    if len(ways) > 1:
+        shown = " or ".join(" and ".join(terms) for terms in ways[:2])
+        raise ConfigError(f"--fuse: {text!r} can be read as {shown}; rename or link a folder")
+    terms = ways[0] if ways else pieces
+    return [(weight, path) for path, weight in (weighted(t, "*", "DIR*0.5") for t in terms)]
+
+
+def _splits(pieces: list[str]) -> list[list[str]]:
+    """All ways to join neighbouring pieces into terms whose paths exist."""
+    if not pieces:
+        return [[]]
+    ways = []
+    for count in range(1, len(pieces) + 1):
+        term = "+".join(pieces[:count])
+        if _exists(term):
+            ways += [[term, *rest] for rest in _splits(pieces[count:])]
+    return ways
+
+
+def _exists(term: str) -> bool:
+    try:
+        return os.path.exists(weighted(term, "*", "DIR*0.5")[0])
+    except ConfigError:
+        return False

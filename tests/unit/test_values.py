@@ -16,8 +16,7 @@ from texforce_ray import evaluate
 from texforce_ray.config import Config, PromptSource
 from texforce_ray.config_io import load_config, make_config, resolve_run_dir, to_yaml
 from texforce_ray.errors import ConfigError, RunDirectoryError
-from texforce_ray.evaluate import _named, _terms
-from texforce_ray.paths import weighted
+from texforce_ray.paths import named, weighted, weighted_sum
 from texforce_ray.records.run_directory import read_config
 from texforce_ray.run import _configure, _profiled
 
@@ -130,7 +129,7 @@ def test_a_runs_config_resolves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", ["exp #3", "a: b", "x=1, y", "${oc.env:HOME}", "['a']"])
-def test_a_resumed_run_is_the_one_that_was_named(name: str, tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_one_that_wasnamed(name: str, tmp_path: Path) -> None:
     for folder in (tmp_path / name, tmp_path / "exp"):
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(to_yaml(Config()))
@@ -166,16 +165,16 @@ def test_adapters_whose_paths_hold_the_signs_of_the_syntax(
     assert weighted("lr=1e-4", "=", "DIR=0.5") == (Path("lr=1e-4"), 1.0)
     assert weighted("lr=1e-4=0.5", "=", "DIR=0.5") == (Path("lr=1e-4"), 0.5)
     assert weighted("plain=-1", "=", "DIR=0.5") == (Path("plain"), -1.0)
-    assert _named("lr=1e-4") == ("", Path("lr=1e-4"))
-    assert _named("tuned=lr=1e-4") == ("tuned", Path("lr=1e-4"))
-    assert _named("/no/lr=1e-4") == ("", Path("/no/lr=1e-4"))
-    assert _terms("plain*0.5+a*2") == [(0.5, Path("plain")), (1.0, Path("a*2"))]
-    assert _terms("a*2*3+lr=1e-4*1e+1") == [(3.0, Path("a*2")), (10.0, Path("lr=1e-4"))]
-    assert _terms("plain+none*0.5") == [(1.0, Path("plain")), (0.5, Path("none"))]
+    assert named("lr=1e-4") == ("", Path("lr=1e-4"))
+    assert named("tuned=lr=1e-4") == ("tuned", Path("lr=1e-4"))
+    assert named("/no/lr=1e-4") == ("", Path("/no/lr=1e-4"))
+    assert weighted_sum("plain*0.5+a*2") == [(0.5, Path("plain")), (1.0, Path("a*2"))]
+    assert weighted_sum("a*2*3+lr=1e-4*1e+1") == [(3.0, Path("a*2")), (10.0, Path("lr=1e-4"))]
+    assert weighted_sum("plain+none*0.5") == [(1.0, Path("plain")), (0.5, Path("none"))]
     with pytest.raises(ConfigError, match=r"'a\+b' can be read as a and b or a\+b"):
-        _terms("a+b")
+        weighted_sum("a+b")
     with pytest.raises(ConfigError, match=r"'none\*x' neither exists nor looks like DIR\*0\.5"):
-        _terms("none*x")
+        weighted_sum("none*x")
 
 
 def _stranger(folder: Path, values: dict[str, Any]) -> argparse.Namespace:
