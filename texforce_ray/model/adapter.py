@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from texforce_ray.errors import ConfigError
 from texforce_ray.model.backbone import Backbone
-from texforce_ray.model.lora_layers import PREFIX, listed, own_names
+from texforce_ray.model.lora_layers import PREFIX, canonical, listed, own_names
 from texforce_ray.model.snapshot import PARTS, UNET, LoraShape, PolicySnapshot
 
 ADAPTER = "policy"
@@ -57,8 +57,9 @@ class PartAdapter:
         return [parameter for _, parameter in sorted(found)]
 
     def weights(self) -> dict[str, Tensor]:
-        """Tensors by PEFT's key, e.g. `...q_proj.lora_A.weight`."""
-        return get_peft_model_state_dict(self.module, adapter_name=ADAPTER)
+        """Tensors by PEFT's key, e.g. `...q_proj.lora_A.weight`, alike in all versions of CLIP."""
+        found = get_peft_model_state_dict(self.module, adapter_name=ADAPTER)
+        return {canonical(self.part, key): value for key, value in found.items()}
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
