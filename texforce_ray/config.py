@@ -104,6 +104,12 @@ class LoraConfig(_Section):
     unet: UnetLoraConfig | None = Field(
         None, description="train the U-Net too (or, with text_encoder: false, alone); {}: defaults"
     )
+    init: str | None = Field(
+        None,
+        min_length=1,
+        description="adapter to start from: a folder or file in any form that docs/adapters.md "
+        "lists, with the same trained parts, layers and ranks; null: the base model",
+    )
 
     @model_validator(mode="after")
     def _something(self) -> LoraConfig:
@@ -574,7 +580,9 @@ class Config(_Section):
     """Everything that a run needs."""
 
     seed: int = Field(0, ge=0, description="all prompts, noise and timesteps follow from it")
-    run_dir: str = placement("runs/{time}", "where results go; {time} becomes the starting time")
+    run_dir: str = placement(
+        "runs/{time}", "where results go; {time} becomes the starting time", min_length=1
+    )
     iterations: int = safe(20, "iterations of sampling and updating", ge=1)
     max_staleness: int = Field(
         0, ge=0, le=1, description="k: iteration i is sampled with policy version max(0, i - k)"

@@ -39,7 +39,7 @@ from texforce_ray.config import Config
 from texforce_ray.config_io import resolve_run_dir
 from texforce_ray.errors import CheckpointError, Interrupted, TexForceError
 from texforce_ray.evaluation import compare, evaluate
-from texforce_ray.model.location import locate_model
+from texforce_ray.model.location import find_adapter, locate_model
 from texforce_ray.monitor import Monitor
 from texforce_ray.policy import Policy
 from texforce_ray.prompts import Prompt, load_prompts
@@ -100,7 +100,7 @@ def train(config: Config, *, resume: bool = False, roles: Roles = Roles()) -> Ru
         TexForceError: anything that a user can act on; `Interrupted` after SIGINT or SIGTERM.
     """
     config = resolve_run_dir(config)
-    prompts, eval_prompts = check_inputs(config)
+    prompts, eval_prompts = check_inputs(config, new=not resume)
     prompts_digest = digest([*prompts, *eval_prompts])
     changes = check_resumable(config, prompts_digest) if resume else None
     if resume:
@@ -134,11 +134,16 @@ def _run_beside(job: Coroutine[Any, Any, RunResult]) -> RunResult:
             return result.result()
 
 
-def check_inputs(config: Config) -> tuple[list[Prompt], list[Prompt]]:
-    """Training and evaluation prompts; fails before anything is started if an input is wrong."""
+def check_inputs(config: Config, *, new: bool = True) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and evaluation prompts; fails before anything is started if an input is wrong.
+
+    `new`: a run that begins; one that is resumed no longer needs the adapter that it began with.
+    """
     check_startable(config)
     model = config.model
     locate_model(model.path, model.variant, model.single_file_config)
+    if new and config.lora.init is not None:
+        find_adapter(Path(config.lora.init).expanduser(), f"lora.init: {config.lora.init}")
     check_trackers(config.track)
     for reward in config.rewards:
         resolve(reward.name, reward.target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -35,7 +36,10 @@ class Policy:
         state = [ray.put(checkpoint.state)] if checkpoint else []
 
         async def attempt() -> Policy:
-            facts, refs = await crew.initialize(state)
+            begin = []
+            if not checkpoint and config.lora.init is not None:
+                begin = [await crew.load_policy([(1.0, Path(config.lora.init).expanduser())])]
+            facts, refs = await crew.initialize(state, begin)
             policy = Policy(config, checkpoint.iteration if checkpoint else 0, refs)
             policy.effects[policy.version] = facts.get("effect")
             policy._held[policy.version] = await crew.fetch(refs)

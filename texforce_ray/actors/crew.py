@@ -212,12 +212,18 @@ class Crew:
             metrics |= pool.take_statistics()
         return metrics
 
-    async def initialize(self, state: Refs) -> tuple[dict[str, Any], tuple[ray.ObjectRef, ...]]:
-        """Facts, and (state, snapshot, evaluation snapshot) of a fresh or restored learner."""
+    async def initialize(
+        self, state: Refs, begin: Refs = ()
+    ) -> tuple[dict[str, Any], tuple[ray.ObjectRef, ...]]:
+        """Facts, and (state, snapshot, evaluation snapshot) of a fresh or restored learner.
+
+        `begin`: the snapshot of an adapter that a fresh one starts from.
+        """
         assert self.learner is not None
 
         async def prepare() -> SubmitRank:
-            return lambda _, actor: actor.initialize.options(num_returns=4).remote(list(state))
+            given = [list(state), list(begin)] if begin else [list(state)]
+            return lambda _, actor: actor.initialize.options(num_returns=4).remote(*given)
 
         timeout = self.config.ray.start_timeout_s
         return await self.learner.run_together("initialisation", prepare, timeout)

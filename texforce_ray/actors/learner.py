@@ -61,6 +61,7 @@ class LearnerActor:
 
         self.config = config
         self._address: str | None = None
+        self._ready = False  # a new process holds version 0, but maybe not this run's
         self._pair_flops = pair_flops(backbone, config.diffusion.guidance_scale)
         self._peak_flops = matmul_peak(backbone.device, backbone.dtype)
         self.learner = _learner(backbone, config)
@@ -83,12 +84,18 @@ class LearnerActor:
             probe.bind((host, 0))
             return f"tcp://{host}:{probe.getsockname()[1]}"
 
-    def initialize(self, state: Sequence[ObjectRef]) -> Updated:
-        """Start fresh, or from the state that `state[0]` refers to; publishes that version."""
+    def initialize(self, state: Sequence[ObjectRef], begin: Sequence[ObjectRef] = ()) -> Updated:
+        """Start fresh, or from the state that `state[0]` refers to; publishes that version.
+
+        `begin[0]` refers to the snapshot of an adapter that a fresh learner starts from.
+        """
         import ray
 
         if state:
             self.learner.load(ray.get(state[0]))
+        elif begin:
+            self.learner.begin_from(ray.get(begin[0]))
+        self._ready = True
         return self._published({})
 
     def update(
@@ -114,8 +121,9 @@ class LearnerActor:
 
         start = time.perf_counter()
         self._join(membership)
-        if self.learner.version != version:
+        if self.learner.version != version or not self._ready:
             self.learner.load(ray.get(state[0]))
+            self._ready = True
         unit = self.config.rollout.batch_size
         own = units_of(membership, len(mask), unit)
         mine = concatenate(ray.get(list(trajectories[own])))

@@ -118,6 +118,35 @@ class Trainer(ABC):
         for i, tensor in enumerate(self.ema):
             tensor.copy_(torch.from_numpy(np.array(state.ema["parameters"][str(i)])))
 
+    def begin_from(self, snapshot: PolicySnapshot) -> None:
+        """Start at another run's adapter, its scale put into B where it is not this policy's.
+
+        Raises:
+            ConfigError: other parts, layers or ranks than this policy's.
+        """
+        weights = {}
+        for part, tensors in snapshot.adapters.items():
+            given, own = snapshot.shapes[part], self.adapter.shapes.get(part)
+            factor = 1.0
+            if own is not None:
+                if given.rank != own.rank:
+                    raise ConfigError(
+                        f"lora.init: the adapter has rank {given.rank} on the {part}, this run "
+                        f"rank {own.rank}; set the rank of lora (or lora.unet) to {given.rank}, or "
+                        "compress the adapter with texforce_ray.fuse --rank"
+                    )
+                factor = (given.alpha / given.rank) / (own.alpha / own.rank)
+            weights[part] = {
+                key: value * np.float32(factor) if key.endswith("lora_B.weight") else value
+                for key, value in tensors.items()
+            }
+        try:
+            self.adapter.load_weights(weights)
+        except ConfigError as error:
+            raise ConfigError(f"lora.init: {error}") from None
+        for average, parameter in zip(self.ema, self.parameters, strict=False):
+            average.copy_(parameter.detach())
+
     @contextmanager
     def _weights(self, weights: Sequence[Tensor]) -> Iterator[None]:
         """Within it, the adapter's parameters hold other values."""
