@@ -43,20 +43,28 @@ _OUT_OF = re.compile(
     rf"(?:{_OF}\s+of\s+)?({_N})(?:\s*{_OF}\b)?\)?",
     re.IGNORECASE,
 )
-_SHARE = rf"({_N})(?:/({_N}))?(?!\s*(?:[%/+=<>×]|percent|of\b|x\b|minus\b|plus\b|-?\s*\d))"
+_OTHER = (  # what makes the number before it a condition, a sum or one of several
+    r"[%/+=<>×→]|->|percent\b|of\b|x\b|minus\b|plus\b|-?\s*\d|"
+    r",?\s*(?:or|and|to|maybe|perhaps|possibly|means|is|are|was|were|would|could|should|might)\b"
+)
+_SHARE = rf"({_N})(?:/({_N}))?(?!\s*(?:{_OTHER}))"
 _LABEL = r"\b(?:score|rating|grade|verdict)\b"
+_ASIDE = r"(?:\s*[(\[][^()\[\]\d]*[)\]])?"
+_ON = rf"(?:(?:\s*\b(?:from|between|on|in|of|out|an?|the|range|scale)\b)*\s*{_SCALE}[\s,.…]*)?"
 _HOW = r"(?:\s*(?:[:=]|→|->|\s-\s|\bis\b|\bwas\b|\bof\b|\bwould be\b|\bwill be\b|\bat\b))*"
-_SOME = r"\s*(?:an?\s+)?"
 _LABELLED = re.compile(
-    rf"(\b(?:final|overall|total)\s+)?{_LABEL}"
-    rf"(?:\s*\([^()\d]*\))?(?:\s*(?:from|between|on|in|of|range)?\s*{_SCALE}[\s,.…]*)?"
-    rf"{_HOW}{_SOME}{_SHARE}",
+    rf"(\b(?:final|overall|total)\s+)?{_LABEL}{_ASIDE}{_ON}{_ASIDE}{_HOW}\s*(?:an?\s+)?{_SHARE}",
     re.IGNORECASE,
 )
 _END = r"(?=\s*(?:$|[.,;:!?)\n]|\b(?:because|since|as|for|due|overall|points?|on|in|given)\b))"
 _GIVEN = re.compile(
     r"\b(?:rate|rated|give|given|grade|assign|deserves?|earns?|gets?|receives?|merits?|score)\b"
     rf"[^\d.!?;:\n§]{{0,40}}?{_SHARE}{_END}",
+    re.IGNORECASE,
+)
+_NOT_GIVEN = re.compile(
+    r"\b(?:not|never|cannot|rather|instead|than|above|below|under|over|least|most|less|more|up|if|"
+    r"unless|had|could|might|may|nearly|almost|deduct\w*|minus)\b|n['’]t\b",
     re.IGNORECASE,
 )
 _ALONE = re.compile(rf"\W*?{_SHARE}\W*", re.IGNORECASE)
@@ -74,7 +82,7 @@ def parse_score(text: str, high: float | None = None) -> float | None:
         objects = [fenced]
     if objects:
         return _agreed([_value(_field(o, "score"), high) for o in objects])
-    return _from_prose(re.sub(r"[*_`#]|^\s*>", "", _without_json(text), flags=re.MULTILINE), high)
+    return _from_prose(re.sub(r"[*_`#]|^[ \t]*>", "", _without_json(text), flags=re.MULTILINE), high)
 
 
 def _from_prose(text: str, high: float | None) -> float | None:
@@ -86,12 +94,18 @@ def _from_prose(text: str, high: float | None) -> float | None:
     final = [match for match in found if match.group(1)]
     pairs = [(m.group(2), m.group(3)) for m in final or found]
     if not final:
-        pairs += [(m.group(1), m.group(2)) for m in _GIVEN.finditer(plain)]
+        pairs += [(m.group(1), m.group(2)) for m in _GIVEN.finditer(plain) if _meant(plain, m)]
     for line in plain.splitlines():
         whole = _ALONE.fullmatch(line.strip())
         if whole and whole.group(2):
             pairs.append((whole.group(1), whole.group(2)))
     return _agreed([_share(number, most, high) for number, most in pairs])
+
+
+def _meant(text: str, given: re.Match[str]) -> bool:
+    """Whether a sentence gives its score: "I would not give it 9", "if it had hands, 9" do not."""
+    begin = max(text.rfind(mark, 0, given.start()) for mark in (". ", "!", "?", ";", "\n")) + 1
+    return _NOT_GIVEN.search(text, begin, given.start(1)) is None
 
 
 def _share(number: str, most: str | None, high: float | None) -> float | None:
