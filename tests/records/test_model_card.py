@@ -95,6 +95,18 @@ def test_what_else_the_base_is_made_of_is_loaded_too(tmp_path: Path) -> None:
     assert "merged into the U-Net: c/lora" in card
 
 
+def test_a_single_file_is_loaded_with_the_configs_of_its_directory(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    base = BaseModel("/data/xl.safetensors", single_file_config=str(tmp_path))
+    for code in _snippets(model_card(replace(INFO, base=base))):
+        ast.parse(code)
+        assert code.startswith("from diffusers import StableDiffusionXLPipeline\n")
+        assert (
+            f'StableDiffusionXLPipeline.from_single_file("/data/xl.safetensors", '
+            f'config="{tmp_path}")' in code
+        )
+
+
 def test_direct_backpropagation_is_not_called_reinforcement_learning() -> None:
     config = make_config({"direct": {"method": "draft"}, "rewards": [{"name": "shapes_scorer"}]})
     card = model_card(card_info(config, INFO.shapes, {}, INFO.files))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.test_backbones import _build
+from tests.miniatures import build
 from texforce_ray.config_io import make_config
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.adapter_files import export_adapter
@@ -18,12 +18,13 @@ from texforce_ray.model.backbone import load_backbone
 from texforce_ray.records.model_card import card_info, model_card
 from texforce_ray.rl.trainer import adapter_shapes
 
-_DRAW = 'image = pipe("a photo of a cat").images[0]'
+_DRAW = re.compile(r'^image = pipe\("a photo of a cat"(.*)\)\.images\[0\]$', re.MULTILINE)
 _QUICK = (
     "import torch\npipe.set_progress_bar_config(disable=True)\n"
-    'image = pipe("a green circle", num_inference_steps=2, output_type="np", '
+    r'image = pipe("a green circle"\1, num_inference_steps=2, output_type="np", '
     "generator=torch.Generator().manual_seed(0)).images[0]"
 )
+DRAWING = {"height": 32, "width": 64, "clip_skip": 1, "negative_prompt": 'two "red" squares'}
 
 
 @pytest.fixture(scope="module")
@@ -32,41 +33,50 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pipelines")
     with torch.random.fork_rng(devices=[]):
         for name in ("sd15", "sdxl"):
-            _build(folder / name, name)
+            build(folder / name, name)
     return {name: folder / name for name in ("sd15", "sdxl")}
 
 
 def _drawn(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """The image that a snippet draws, quicker and at a fixed seed, in the adapter's directory."""
-    assert code.count(_DRAW) == 1
+    quick, count = _DRAW.subn(_QUICK, code)
+    assert count == 1
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {}
-    exec(code.replace(_DRAW, _QUICK), names)
+    exec(quick, names)
     return names["image"]
 
 
 @pytest.mark.parametrize(
-    ("name", "lora", "parts"),
+    ("name", "lora", "parts", "drawing"),
     [
-        ("sd15", {}, ("text_encoder",)),
-        ("sd15", {"text_encoder": False, "unet": {"rank": 3}}, ("unet",)),
-        ("sd15", {"unet": {"rank": 3}}, ("text_encoder", "unet")),
-        ("sdxl", {}, ("text_encoder", "text_encoder_2")),
-        ("sdxl", {"text_encoder": False, "unet": {}}, ("unet",)),
+        ("sd15", {}, ("text_encoder",), {}),
+        ("sd15", {}, ("text_encoder",), DRAWING),
+        ("sd15", {"text_encoder": False, "unet": {"rank": 3}}, ("unet",), {}),
+        ("sd15", {"unet": {"rank": 3}}, ("text_encoder", "unet"), {}),
+        ("sdxl", {}, ("text_encoder", "text_encoder_2"), {}),
+        ("sdxl", {"text_encoder": False, "unet": {}}, ("unet",), {}),
     ],
-    ids=["text", "unet", "joint", "sdxl text", "sdxl unet"],
+    ids=["text", "other drawing", "unet", "joint", "sdxl text", "sdxl unet"],
 )
 def test_both_snippets_draw_the_policy_s_image(
     pipelines: dict[str, Path],
     name: str,
     lora: dict[str, Any],
     parts: tuple[str, ...],
+    drawing: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base = str(pipelines[name])
     # alpha / rank of 2: a loader that leaves the scale out would be seen.
-    config = make_config({"model": {"path": base}, "lora": {"rank": 2, "alpha": 4.0} | lora})
+    config = make_config(
+        {
+            "model": {"path": base},
+            "lora": {"rank": 2, "alpha": 4.0} | lora,
+            "diffusion": drawing,
+        }
+    )
     backbone = load_backbone(base)
     adapter = Adapter(backbone, adapter_shapes(config, backbone), seed=0)
     generator = torch.Generator().manual_seed(0)
@@ -82,5 +92,6 @@ def test_both_snippets_draw_the_policy_s_image(
     diffusers, peft = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     plain = diffusers.replace("pipe.load_lora_weights(adapter)\n", "")
     drawn = [_drawn(code, tmp_path, monkeypatch) for code in (plain, diffusers, peft)]
+    assert drawn[0].shape == ((32, 64, 3) if drawing else (64, 64, 3))
     assert np.abs(drawn[1] - drawn[0]).max() > 0.02, "the adapter changes the image"
     np.testing.assert_allclose(drawn[1], drawn[2], atol=1e-3)

@@ -6,12 +6,13 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from texforce_ray.config import Config
 from texforce_ray.model.snapshot import TEXT_ENCODERS, LoraShape
+from texforce_ray.records.files import from_json
 
 _TAGS = ("text-to-image", "lora", "texforce", "reinforcement-learning")
 # What reads each file of an export; oldest versions that it was tried with.
@@ -32,6 +33,7 @@ class BaseModel:
     variant: str | None = None
     unet: str | None = None
     unet_adapters: tuple[str, ...] = ()
+    single_file_config: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class ModelCardInfo:
         iterations: iterations trained.
         samples: images sampled in all.
         settings: further settings to list.
+        drawing: what a pipeline's call must be given to draw as in training, e.g. `clip_skip`.
         scores: per reward "base", "tuned", "difference", "low", "high", "images"; may be empty.
         files: names of the exported files, those in a component's folder with it.
         method: how it was trained: "PPO", or a method of direct backpropagation.
@@ -59,6 +62,7 @@ class ModelCardInfo:
     settings: Mapping[str, object]
     scores: Mapping[str, Mapping[str, Any]]
     files: tuple[str, ...]
+    drawing: Mapping[str, object] = field(default_factory=dict)
     method: str = "PPO"
     evaluated_on: str = "held-out prompts"
 
@@ -83,7 +87,9 @@ def card_info(
         settings |= {"clip range": config.ppo.clip_range, "advantage": config.advantage.mode}
     names = {"refl": "ReFL", "draft": "DRaFT", "alignprop": "AlignProp"}
     return ModelCardInfo(
-        base=BaseModel(m.path, m.revision, m.variant, m.unet, m.unet_adapters),
+        base=BaseModel(
+            m.path, m.revision, m.variant, m.unet, m.unet_adapters, m.single_file_config
+        ),
         shapes=shapes,
         rewards=tuple((reward.key, reward.weight) for reward in config.rewards),
         iterations=config.iterations,
@@ -91,6 +97,11 @@ def card_info(
         settings={**settings, "seed": config.seed},
         scores=scores,
         files=files,
+        drawing={
+            name: value
+            for name in ("height", "width", "clip_skip", "negative_prompt")
+            if (value := getattr(config.diffusion, name)) is not None
+        },
         method="PPO" if config.direct is None else names[config.direct.method],
         evaluated_on="prompts of their own, with seeds never trained on"
         if config.eval.prompts
@@ -149,15 +160,24 @@ def _usage(info: ModelCardInfo) -> str:
         attach.append(f"pipe.{part} = PeftModel.from_pretrained(pipe.{part}, adapter{folder})")
     imports, opening = _opening(info.base)
     opening = [*opening, 'adapter = "."  # the directory of this file']
-    draw = 'image = pipe("a photo of a cat").images[0]'
+    given = "".join(f", {name}={_literal(value)}" for name, value in info.drawing.items())
+    draw = f'image = pipe("a photo of a cat"{given}).images[0]'
     load = "pipe.load_lora_weights(adapter)"
+    last = [draw]
+    if "clip_skip" in info.drawing and TEXT_ENCODERS[1] not in info.shapes:
+        # diffusers 0.42 and older look for it where transformers 5.6 and newer have it no more.
+        last = [
+            'if not hasattr(pipe.text_encoder, "text_model"):  # clip_skip beside transformers 5.6',
+            '    pipe.text_encoder.__dict__["text_model"] = pipe.text_encoder',
+            draw,
+        ]
     return "\n\n".join(
         (
             "## Use",
             "With diffusers:",
-            _python(*imports, "", *opening, load, draw),
+            _python(*imports, "", *opening, load, *last),
             "With PEFT, for example to merge or to train on:",
-            _python(*imports, "from peft import PeftModel", "", *opening, *attach, draw),
+            _python(*imports, "from peft import PeftModel", "", *opening, *attach, *last),
         )
     )
 
@@ -165,7 +185,11 @@ def _usage(info: ModelCardInfo) -> str:
 def _opening(base: BaseModel) -> tuple[list[str], list[str]]:
     """Imports, and what loads the pipeline that the adapter was trained on."""
     imports, lines = ["from diffusers import DiffusionPipeline"], []
-    given = [json.dumps(base.path)]
+    kind, method, given = "DiffusionPipeline", "from_pretrained", [json.dumps(base.path)]
+    if base.single_file_config is not None:
+        kind, method = _pipeline_class(Path(base.single_file_config)), "from_single_file"
+        imports = [f"from diffusers import {kind}"]
+        given.append(f"config={json.dumps(base.single_file_config)}")
     if base.path == "embedded":
         imports.append("from texforce_ray.model.location import locate_model")
         given = ['locate_model("embedded")']
@@ -180,7 +204,20 @@ def _opening(base: BaseModel) -> tuple[list[str], list[str]]:
             f"unet = UNet2DConditionModel.from_pretrained({json.dumps(base.unet)}{folder})"
         )
         given.append("unet=unet")
-    return imports, [*lines, f"pipe = DiffusionPipeline.from_pretrained({', '.join(given)})"]
+    return imports, [*lines, f"pipe = {kind}.{method}({', '.join(given)})"]
+
+
+def _pipeline_class(folder: Path) -> str:
+    """The class that a pipeline's directory names; single files are loaded by it."""
+    try:
+        found = from_json((folder.expanduser() / "model_index.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "StableDiffusionPipeline"
+    return str(found)
+
+
+def _literal(value: object) -> str:
+    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 def _listed_files(info: ModelCardInfo) -> str:
