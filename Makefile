@@ -6,7 +6,7 @@ PY := .venv/bin/python
 SEEDS ?= 0
 RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help setup demo test test-slow lint types check paper-shapes paper-page bench chaos audit docs docs-serve clean
+.PHONY: help setup demo test test-slow test-environments lint types check paper-shapes paper-page gpu bench chaos audit docs docs-serve clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -28,7 +28,10 @@ test: setup  ## all tests but the slow ones
 	@$(PY) -m pytest -m "not slow and not gpu and not weights"
 
 test-slow: setup  ## the minutes-long proofs too
-	@$(PY) -m pytest -m "not gpu and not weights"
+	@$(PY) -m pytest -m "not gpu and not weights and not environments"
+
+test-environments: setup  ## exported files and the product in the oldest libraries; several GB
+	@$(PY) -m pytest -m environments tests/compat
 
 lint: setup  ## ruff
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
@@ -49,6 +52,9 @@ paper-shapes: setup  ## the paper's experiments on the embedded pipeline: an hou
 
 paper-page: setup  ## write that page again from the results that are kept
 	@$(PY) -m texforce_ray.experiments shapes --page-only
+
+gpu: setup  ## on one GPU, without Ray or downloads, 8 minutes: tests, gradients, images, speed (SIZE=tiny: on a CPU)
+	@PYTHON=$(PY) bash benchmarks/gpu.sh
 
 bench: setup  ## all measurements: benchmarks/results/bench.md and bench.json
 	@$(PY) benchmarks/run_all.py
