@@ -107,6 +107,12 @@ def test_a_single_file_is_loaded_with_the_configs_of_its_directory(tmp_path: Pat
         )
 
 
+def test_a_run_that_started_from_an_adapter_says_so() -> None:
+    config = make_config({"lora": {"init": "runs/A/adapter"}})
+    card = model_card(card_info(config, INFO.shapes, {}, INFO.files))
+    assert "| started from the adapter | runs/A/adapter |" in card
+
+
 def test_direct_backpropagation_is_not_called_reinforcement_learning() -> None:
     config = make_config({"direct": {"method": "draft"}, "rewards": [{"name": "shapes_scorer"}]})
     card = model_card(card_info(config, INFO.shapes, {}, INFO.files))

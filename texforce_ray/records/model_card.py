@@ -83,6 +83,8 @@ def card_info(
     }
     if unet is not None and unet.lr is not None:
         settings["learning rate of the U-Net"] = unet.lr
+    if config.lora.init is not None:
+        settings["started from the adapter"] = config.lora.init
     if config.direct is None:
         settings |= {"clip range": config.ppo.clip_range, "advantage": config.advantage.mode}
     names = {"refl": "ReFL", "draft": "DRaFT", "alignprop": "AlignProp"}
