@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 
-from texforce_ray.actors.crew import ALLOCATOR
+from texforce_ray.actors.process import ALLOCATOR
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -25,7 +25,6 @@ from common import ROOT, Clock, as_in_an_actor, medians, write
 from released_schedule import ReleasedSchedule
 from torch import Tensor
 
-from texforce_ray import train
 from texforce_ray.config import Config
 from texforce_ray.config_io import load_config
 from texforce_ray.diffusion.sampler import Sampler
@@ -155,6 +154,8 @@ class Plain:
 
 def through_ray(config: Config, iterations: int) -> dict[str, float]:
     """Median seconds of the whole system's iterations, after the first."""
+    from texforce_ray import train  # with Ray, which a machine for --no-ray need not have
+
     with tempfile.TemporaryDirectory() as folder:
         run_dir = str(Path(folder) / "run")
         train(config.model_copy(update={"run_dir": run_dir, "iterations": iterations}))

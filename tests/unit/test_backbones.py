@@ -11,16 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DiffusionPipeline,
-    EulerDiscreteScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from diffusers import DDIMScheduler, DiffusionPipeline
 
+from tests.miniatures import FAMILIES, build
 from texforce_ray.config import Config
 from texforce_ray.config_io import make_config
 from texforce_ray.diffusion.sampler import Sampler
@@ -30,63 +23,9 @@ from texforce_ray.model.adapter_files import export_adapter, read_adapter
 from texforce_ray.model.backbone import load_backbone
 from texforce_ray.rl.learner import Learner
 from texforce_ray.rl.trainer import UpdateBatch
-from texforce_ray.shapes import networks
-from texforce_ray.shapes.pretrain import vocabulary
-from texforce_ray.shapes.tokenizer import MAX_LENGTH, build_tokenizer
 
 PROMPTS = ["a green circle", "two red squares"]
 SEEDS = np.array([7, 2**40])
-
-# name: (SDXL?, prediction type, scheduler, timestep spacing, steps, guidance, zeros for empty)
-FAMILIES: dict[str, tuple[bool, str, type, str, int, float, bool]] = {
-    "sd15": (False, "epsilon", DDIMScheduler, "leading", 4, 3.0, False),
-    "sd21": (False, "v_prediction", DDIMScheduler, "leading", 4, 3.0, False),
-    "sd_turbo": (False, "epsilon", EulerDiscreteScheduler, "trailing", 2, 0.0, False),
-    "sdxl": (True, "epsilon", EulerDiscreteScheduler, "leading", 4, 3.0, True),
-    "sdxl_no_zeros": (True, "epsilon", EulerDiscreteScheduler, "leading", 3, 2.0, False),
-    "sdxl_turbo": (True, "epsilon", EulerDiscreteScheduler, "trailing", 2, 0.0, True),
-}
-
-
-def _build(path: Path, family: str) -> None:
-    xl, prediction, scheduler, spacing, _, _, zeros = FAMILIES[family]
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer(vocabulary())
-    noise = scheduler.from_config(
-        networks.build_scheduler().config, prediction_type=prediction, timestep_spacing=spacing
-    )
-    shared: dict[str, Any] = {
-        "vae": networks.build_vae(),
-        "text_encoder": networks.build_text_encoder(tokenizer),
-        "tokenizer": tokenizer,
-        "scheduler": noise,
-        "feature_extractor": None,
-    }
-    if not xl:
-        StableDiffusionPipeline(
-            **shared, unet=networks.build_unet(), safety_checker=None,
-            requires_safety_checker=False,
-        ).save_pretrained(path)  # fmt: skip
-        return
-    second = CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=MAX_LENGTH, projection_dim=48,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(64, 128), layers_per_block=1, norm_num_groups=16,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-        cross_attention_dim=96 + 64, attention_head_dim=4, addition_embed_type="text_time",
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 48,
-    )  # fmt: skip
-    StableDiffusionXLPipeline(
-        **{key: value for key, value in shared.items() if key != "feature_extractor"},
-        text_encoder_2=second, tokenizer_2=tokenizer, unet=unet,
-        force_zeros_for_empty_prompt=zeros, add_watermarker=False,
-    ).save_pretrained(path)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -94,7 +33,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """(name, directory) of a miniature."""
     path = tmp_path_factory.mktemp(request.param) / "pipeline"
     with torch.random.fork_rng(devices=[]):
-        _build(path, request.param)
+        build(path, request.param)
     return request.param, path
 
 

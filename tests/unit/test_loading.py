@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from tests.unit.test_backbones import _build
+from tests.miniatures import build
 from texforce_ray.config_io import make_config
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.errors import ConfigError
@@ -31,7 +31,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pipelines")
     with torch.random.fork_rng(devices=[]):
         for name in ("sd15", "sdxl"):
-            _build(folder / name, name)
+            build(folder / name, name)
     return {name: folder / name for name in ("sd15", "sdxl")}
 
 

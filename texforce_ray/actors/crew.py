@@ -22,6 +22,7 @@ from texforce_ray.actors.learner import LearnerActor, Membership
 from texforce_ray.actors.messages import ImagePayload, Info, Scores, WorkUnit, unpack_images
 from texforce_ray.actors.placement import in_bundle, options, pack_learners
 from texforce_ray.actors.pool import ActorPool, Budget, Member, SubmitRank, gather, readable
+from texforce_ray.actors.process import ALLOCATOR
 from texforce_ray.actors.reward import RewardServer
 from texforce_ray.actors.rollout import RolloutActor
 from texforce_ray.actors.scoring import RewardPool
@@ -34,10 +35,6 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 Refs = Sequence[ray.ObjectRef]
-
-# Large tensors come and go with every layer. glibc would give each back to the system and fault its
-# pages in again, which on a CPU can cost more than the layer (docs/performance.md).
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 
 @dataclass(frozen=True)

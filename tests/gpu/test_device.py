@@ -1,0 +1,93 @@
+"""On a real GPU: what the CPU tests can only emulate. `make gpu`; needs no Ray and no downloads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.miniatures import FAMILIES, build
+from texforce_ray.config import Config
+from texforce_ray.config_io import make_config
+from texforce_ray.diffusion.sampler import Sampler
+from texforce_ray.model.backbone import load_backbone, load_config_backbone
+from texforce_ray.rl.learner import Learner
+from texforce_ray.rl.trainer import UpdateBatch
+
+pytestmark = pytest.mark.gpu
+
+PROMPTS = ["a green circle", "two red squares"]
+SEEDS = np.array([7, 2**40])
+
+
+def _config(path: Path, dtype: str, *, steps: int, guidance: float, compiled: bool) -> Config:
+    return make_config(
+        {
+            "iterations": 2,
+            "model": {"path": str(path), "dtype": dtype, "compile": compiled},
+            "lora": {"rank": 4, "alpha": 4.0},
+            "diffusion": {
+                "steps": steps,
+                "guidance_scale": guidance,
+                "storage_dtype": "float32" if dtype == "float32" else "float16",
+            },
+            "prompts": {"per_iteration": 2, "samples_per_prompt": 1},
+            "rollout": {"batch_size": 2, "num_gpus": 1},
+            "advantage": {"mode": "batch"},
+            "ppo": {"num_minibatches": 1, "timestep_fraction": 1.0},
+        }
+    )
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_two_updates_agree_with_the_sampler_and_with_float32(
+    family: str, dtype: str, compiled: bool, tmp_path: Path
+) -> None:
+    if compiled and family not in ("sd15", "sdxl"):
+        pytest.skip("one of a kind is compiled")
+    build(tmp_path / "pipeline", family)
+    steps, guidance = FAMILIES[family][4:6]
+    config = _config(
+        tmp_path / "pipeline", dtype, steps=steps, guidance=guidance, compiled=compiled
+    )
+    learner = Learner(load_config_backbone(config, 1.0), config)
+    assert learner.backbone.device.type == "cuda"
+    d = config.diffusion
+    sampler = Sampler(
+        learner.backbone,
+        steps=steps,
+        eta=d.eta,
+        guidance_scale=guidance,
+        storage_dtype=d.storage_dtype,
+    )
+    for iteration in range(2):
+        trajectory, _ = sampler.sample(PROMPTS, SEEDS + iteration, iteration)
+        batch = UpdateBatch(trajectory, np.array([1.0, -1.0]), np.ones(2, dtype=bool))
+        metrics = learner.update(batch)
+        assert metrics["ppo/ratio_error_first_pass"] < (1e-4 if dtype == "float32" else 0.1)
+        if dtype != "float32" and not iteration:
+            assert metrics["learner/gradient_agreement"] > 0.9
+            assert metrics["learner/gradient_zeros"] < 0.01
+    assert learner.snapshot().changes
+
+
+def test_float32_on_a_named_device_uses_no_tf32(tiny_pipeline: Path) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    config = make_config({"model": {"path": str(tiny_pipeline), "device": "cuda:0"}})
+    load_config_backbone(config, 1.0)
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_samples_on_the_gpu_are_those_of_the_cpu_but_for_rounding(tiny_pipeline: Path) -> None:
+    images = [
+        Sampler(
+            load_backbone(str(tiny_pipeline), device=device), steps=4, eta=1.0, guidance_scale=3.0
+        ).sample(PROMPTS, SEEDS, 0)[1]
+        for device in ("cpu", "cuda")
+    ]
+    assert int(np.abs(images[0].astype(int) - images[1].astype(int)).max()) <= 2
