@@ -117,19 +117,23 @@ def test_a_run_may_have_any_name_and_rewards_any_label(
     [
         ("x" * 300, "Choose a shorter run_dir"),
         ("y/" * 2500, "Choose a shorter run_dir"),
-        ("nul\0", "run_dir: .* not text"),
-        ("\udcff", "run_dir: .* not text"),
+        ("nul\0", "run_dir: "),
+        ("\udcff", "run_dir: "),
     ],
 )
 def test_a_name_that_no_folder_can_have_is_refused(tmp_path: Path, name: str, said: str) -> None:
-    config = make_config({"run_dir": f"{tmp_path}/{name}"})
+    def start() -> None:
+        config = resolve_run_dir(make_config({"run_dir": f"{tmp_path}/{name}"}))
+        RunDirectory.create(config, "digest")
+
     with pytest.raises((ConfigError, RunDirectoryError), match=said):
-        RunDirectory.create(resolve_run_dir(config), "digest")
+        start()
 
 
-def test_no_name_is_not_the_working_directory() -> None:
+@pytest.mark.parametrize("name", ["", " "])
+def test_no_name_is_not_the_working_directory(name: str) -> None:
     with pytest.raises(ConfigError, match="run_dir"):
-        resolve_run_dir(make_config({"run_dir": ""}))
+        resolve_run_dir(load_config(None, [f"run_dir={name}"]))
 
 
 @pytest.mark.parametrize("labels", [["total"], ["drift"], ["x", "base_x"], ["a\nb"], ["x" * 101]])

@@ -17,7 +17,7 @@ from texforce_ray.records.files import from_json
 _TAGS = ("text-to-image", "lora", "texforce", "reinforcement-learning")
 # What reads each file of an export; oldest versions that it was tried with.
 _FILES = (
-    ("pytorch_lora_weights.safetensors", "diffusers 0.30 or newer: `pipe.load_lora_weights`"),
+    ("pytorch_lora_weights.safetensors", "diffusers 0.31 or newer: `pipe.load_lora_weights`"),
     ("adapter_config.json", "PEFT 0.13 or newer: `PeftModel.from_pretrained`"),
     ("adapter_model.safetensors", "the same; its weights"),
     ("kohya.safetensors", "ComfyUI, A1111 and others that read kohya's form of a LoRA"),
