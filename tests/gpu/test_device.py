@@ -1,4 +1,7 @@
-"""On a real GPU: what the CPU tests can only emulate. `make gpu`; needs no Ray and no downloads."""
+"""On a real GPU: what other tests can only emulate. `make gpu`; needs no Ray and no downloads.
+
+Without a GPU (`make gpu SIZE=tiny`) the same code runs on the CPU, but for what is CUDA's alone.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,9 @@ from texforce_ray.rl.learner import Learner
 from texforce_ray.rl.trainer import UpdateBatch
 
 pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 
 PROMPTS = ["a green circle", "two red squares"]
 SEEDS = np.array([7, 2**40])
@@ -47,15 +53,15 @@ def _config(path: Path, dtype: str, *, steps: int, guidance: float, compiled: bo
 def test_two_updates_agree_with_the_sampler_and_with_float32(
     family: str, dtype: str, compiled: bool, tmp_path: Path
 ) -> None:
-    if compiled and family not in ("sd15", "sdxl"):
-        pytest.skip("one of a kind is compiled")
+    if compiled and (DEVICE == "cpu" or family not in ("sd15", "sdxl")):
+        pytest.skip("compiled on a GPU alone, one of a kind")
     build(tmp_path / "pipeline", family)
     steps, guidance = FAMILIES[family][4:6]
     config = _config(
         tmp_path / "pipeline", dtype, steps=steps, guidance=guidance, compiled=compiled
     )
     learner = Learner(load_config_backbone(config, 1.0), config)
-    assert learner.backbone.device.type == "cuda"
+    assert learner.backbone.device.type == DEVICE
     d = config.diffusion
     sampler = Sampler(
         learner.backbone,
@@ -75,6 +81,7 @@ def test_two_updates_agree_with_the_sampler_and_with_float32(
     assert learner.snapshot().changes
 
 
+@needs_cuda
 def test_float32_on_a_named_device_uses_no_tf32(tiny_pipeline: Path) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     config = make_config({"model": {"path": str(tiny_pipeline), "device": "cuda:0"}})
@@ -83,6 +90,7 @@ def test_float32_on_a_named_device_uses_no_tf32(tiny_pipeline: Path) -> None:
     assert not torch.backends.cudnn.allow_tf32
 
 
+@needs_cuda
 def test_samples_on_the_gpu_are_those_of_the_cpu_but_for_rounding(tiny_pipeline: Path) -> None:
     images = [
         Sampler(
