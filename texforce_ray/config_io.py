@@ -68,6 +68,7 @@ def _values(
         YAMLError,
         LookupError,
         OSError,
+        RecursionError,
         TypeError,
         ValueError,
     ) as error:

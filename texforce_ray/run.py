@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from texforce_ray.errors import Interrupted, TexForceError
-from texforce_ray.paths import local_path
+from texforce_ray.paths import check_local, local_path
 
 if TYPE_CHECKING:
     from texforce_ray.config import Config
@@ -126,8 +126,11 @@ def _resumed(file: Path | None, resume: str | None, overrides: list[str]) -> Pat
     from texforce_ray.config_io import load_config, resolve_run_dir
     from texforce_ray.errors import ConfigError
 
+    if resume is None:
+        return None
     if resume != "auto":
-        return None if resume is None else Path(resume)
+        check_local(resume, "--resume")
+        return Path(resume)
     if file is None:
         raise ConfigError(
             "--resume auto: give --config FILE too, to start from where there is nothing to resume"
@@ -146,12 +149,10 @@ def _configure(
     file: Path | None, resume: Path | None, overrides: list[str], plain: dict[str, Any]
 ) -> Config:
     from texforce_ray.config_io import load_config
-    from texforce_ray.paths import check_local
     from texforce_ray.records.run_directory import check_same, read_config
 
     if resume is None:
         return load_config(file, overrides, plain=plain)
-    check_local(resume, "--resume")
     stored = read_config(resume)
     plain = plain | {"run_dir": str(resume.absolute())}
     config_file = resume / "config.yaml" if file is None else file

@@ -7,6 +7,7 @@ an error of ours; anything else is a finding. So is a changed file: readers leav
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import io
 import json
@@ -67,6 +68,8 @@ _OVERRIDES = (
     "prompts.train.path=prompts.txt",
     "model.unet_adapters=[a, b]",
     "optimizer.betas=[0.9, 0.99]",
+    "run_dir=/data/exp #3/${oc.env:HOME}",
+    "rewards.0.kwargs.rubric=Score: 'a' to {b}",
 )
 
 
@@ -104,6 +107,11 @@ def _prompt_files(scratch: Path) -> list[Files]:
         {"p.json": json.dumps(rows).encode()},
         {"p.jsonl": "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()},
         {"p.csv": csv.encode()},
+        {"p.tsv": csv.replace(",", "\t").encode("utf-16")},
+        {"p.csv.gz": gzip.compress(csv.encode())},
+        {"p.json": json.dumps({"prompt": dict(enumerate(texts))}).encode()},
+        {"p.json": json.dumps({"data": rows, "version": 1}).encode()},
+        {"p.json": json.dumps({str(i): row for i, row in enumerate(rows)}).encode()},
         {"p.parquet": (scratch / "p.parquet").read_bytes()},
     ]
 
@@ -133,7 +141,8 @@ def _adapters(folder: Path) -> list[Files]:
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     peft = {name: data for name, data in files.items() if name.startswith("adapter_")}
     other = {name: data for name, data in files.items() if name.startswith("pytorch_")}
-    return [peft, other]
+    kohya = {name: data for name, data in files.items() if name.startswith("kohya")}
+    return [peft, other, kohya]
 
 
 def _read_adapter(folder: Path) -> object:

@@ -67,6 +67,7 @@ def test_every_wrong_key_is_reported_at_once() -> None:
         ("optimizer.lr=.nan", "optimizer.lr: Input should be a finite number (got nan)"),
         ("seed=0x_", "seed=0x_"),
         ("seed=[", "seed=["),
+        (f"rewards={'[' * 5000}", "maximum recursion depth"),
         ("[=1", "[=1"),
         ("seed=${oc.env:NO_SUCH_VARIABLE}", "NO_SUCH_VARIABLE"),
         ("seed", "override 'seed' should look like key.sub=value"),

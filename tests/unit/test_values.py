@@ -18,7 +18,7 @@ from texforce_ray.config_io import load_config, make_config, resolve_run_dir, to
 from texforce_ray.errors import ConfigError, RunDirectoryError
 from texforce_ray.paths import named, weighted, weighted_sum
 from texforce_ray.records.run_directory import read_config
-from texforce_ray.run import _configure, _profiled
+from texforce_ray.run import _configure, _profiled, _resumed
 
 
 def _problem(*overrides: str) -> str:
@@ -149,8 +149,8 @@ def test_profiled_iterations_are_checked() -> None:
 def test_a_run_directory_is_no_uri(uri: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"run_dir: '{uri}' is a URI.*(mount|the path itself)"):
         resolve_run_dir(load_config(None, [f"run_dir={uri}"]))
-    with pytest.raises(ConfigError, match=r"--resume: .* is a URI"):
-        _configure(None, Path(uri), [], {})
+    with pytest.raises(ConfigError, match=rf"--resume: '{uri}' is a URI"):
+        _resumed(None, uri, [])
 
 
 # ---- paths with weights, and others' runs ------------------------------------------------------
