@@ -31,6 +31,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from texforce_ray.errors import RewardError, TexForceError
+from texforce_ray.paths import local_path
 from texforce_ray.rewards import find
 
 _TORCH = ("torch==2.13.0", "torchvision==0.28.0")
@@ -331,7 +332,7 @@ def main(names: list[str] | None = None) -> int:
         description="Build the environments of rewards, for example into a cluster's image.",
     )
     parser.add_argument("names", nargs="*", help=f"rewards, or sets: {', '.join(SETS)}")
-    parser.add_argument("--root", type=Path, default=default_root(), help="where they lie")
+    parser.add_argument("--root", type=local_path, default=default_root(), help="where they lie")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for each")
     options = parser.parse_args(names)
     isolated = ("mediapipe", "pyiqa", "open-clip", "image-reward")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from texforce_ray.paths import local_path
 from texforce_ray.shapes import data, people, scene
 from texforce_ray.shapes.networks import (
     build_scheduler,
@@ -350,9 +351,11 @@ def _write_vocabulary(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
-        "--out", type=Path, required=True, help="directory of the finished pipeline"
+        "--out", type=local_path, required=True, help="directory of the finished pipeline"
     )
-    parser.add_argument("--work", type=Path, help="state for resuming (default: OUT/../OUT.work)")
+    parser.add_argument(
+        "--work", type=local_path, help="state for resuming (default: OUT/../OUT.work)"
+    )
     for name, value in asdict(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     arguments = vars(parser.parse_args())

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from texforce_ray.paths import local_path
 from texforce_ray.shapes import detector, scene
 from texforce_ray.shapes.scorer import WEIGHTS, Scorer, describe
 
@@ -103,7 +104,7 @@ def agreement(scorer: Scorer, seed: int, drawings: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="safetensors file to write")
+    parser.add_argument("--out", type=local_path, default=WEIGHTS, help="safetensors file to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--drawings", type=int, default=12_000)
     parser.add_argument("--steps", type=int, default=4500)
