@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.adapter_files import export_adapter, read_adapter
 from texforce_ray.model.backbone import Backbone, load_backbone
 from texforce_ray.model.fusion import compress, fuse, update_of
-from texforce_ray.model.location import adapter_files
+from texforce_ray.model.location import adapter_files, layers_per_block
+from texforce_ray.model.lora_layers import rescaled
 from texforce_ray.model.snapshot import LoraShape, PolicySnapshot
 
 TEXT = LoraShape(4, 6.0, ("q_proj", "v_proj", "out_proj", "fc1"))
@@ -80,9 +82,18 @@ def _through_unet_adapters(path: Path, pipeline: Path, out: Path) -> np.ndarray:
     return _images(load_backbone(str(pipeline), unet_adapters=[str(path)]))
 
 
+def _through_init(path: Path, pipeline: Path, out: Path) -> np.ndarray:
+    """Taken over by a policy of the same ranks and layers, with other alphas of its own."""
+    snapshot = read_adapter(path, None, layers_per_block(str(pipeline)))
+    own = {"text_encoder": TEXT, "unet": UNET}
+    shapes = {p: replace(own[p], alpha=2 * own[p].alpha) for p in snapshot.adapters}
+    return _images(load_backbone(str(pipeline)), rescaled(snapshot, shapes))
+
+
 DOORS = {
     "fuse": _through_fuse,
     "evaluate --adapter": _through_evaluate,
+    "lora.init": _through_init,
     "model.unet_adapters": _through_unet_adapters,
 }
 
@@ -125,7 +136,7 @@ def test_every_form_through_every_door(
     expected = stock_images(pipe, PROMPTS, SEEDS, **HOW)
     assert _difference(expected, base) > 10
     assert _difference(_images(load_backbone(str(tiny_pipeline)), snapshot), expected) <= 1
-    for door in ("fuse", "evaluate --adapter"):
+    for door in ("fuse", "evaluate --adapter", "lora.init"):
         images = DOORS[door](path, tiny_pipeline, tmp_path / "fused")
         assert _difference(images, expected) <= 1, door
     # There the U-Net's part alone is taken.
@@ -154,8 +165,8 @@ def test_convolutions_through_every_door(
     else:
         pipe.load_lora_weights(path, unet_config=pipe.unet.config)
     expected = stock_images(pipe, PROMPTS, SEEDS, **HOW)
-    for name, door in DOORS.items():
-        images = door(path, tiny_pipeline, tmp_path / "fused")
+    for name in ("fuse", "evaluate --adapter", "model.unet_adapters"):
+        images = DOORS[name](path, tiny_pipeline, tmp_path / "fused")
         assert _difference(images, expected) <= 1, name
 
 
@@ -306,24 +317,39 @@ def _peft_variant(**settings: Any) -> Callable[[PolicySnapshot, Path], Path]:
 
 _Q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 _VARIANTS = {
-    "kohya DoRA": (_kohya_variant(f"{_Q}.dora_scale"), "is DoRA"),
+    "DoRA, kohya's": (_kohya_variant(f"{_Q}.dora_scale"), "is DoRA"),
     "LoHa": (_kohya_variant(f"{_Q}.hada_w1_a"), "is LoHa"),
     "LoKr": (_kohya_variant(f"{_Q}.lokr_w1"), "is LoKr"),
-    "Tucker": (_kohya_variant(f"{_Q}.lora_mid.weight"), "Tucker"),
-    "full differences": (_kohya_variant(f"{_Q}.diff"), "whole weights' differences"),
-    "other models": (_kohya_variant("lora_te3_encoder.alpha"), "lora_te3_encoder"),
-    "unknown layers": (
-        _kohya_variant(*(f"lora_unet_add_embedding_linear_1.{e}" for e in
-                         ("lora_down.weight", "lora_up.weight"))), "add_embedding"),
-    "PEFT DoRA": (_peft_variant(use_dora=True), "is DoRA.*use_dora"),
-    "PEFT LoHa": (_peft_variant(peft_type="LOHA"), "is a LOHA adapter"),
-    "bias": (_peft_variant(bias="all"), "trains biases"),
-    "lora_bias": (_peft_variant(lora_bias=True), "bias in B"),
-    "modules_to_save": (_peft_variant(modules_to_save=["conv_in"]), "whole trained modules"),
-    "trained tokens": (_peft_variant(trainable_token_indices=[3]), "trained token embeddings"),
-    "PiSSA": (_peft_variant(init_lora_weights="pissa"), "pissa.*base model's own weights"),
-    "of the future": (_peft_variant(use_twice=True), "sets use_twice to True"),
-}  # fmt: skip
+    "LoCon with Tucker decomposition": (_kohya_variant(f"{_Q}.lora_mid.weight"), "Tucker"),
+    "whole differences (`.diff`)": (_kohya_variant(f"{_Q}.diff"), "whole weights' differences"),
+    "layers of other models": (_kohya_variant("lora_te3_encoder.alpha"), "lora_te3_encoder"),
+    "names that the converter mistakes": (
+        _kohya_variant(
+            *(
+                f"lora_unet_add_embedding_linear_1.{e}"
+                for e in ("lora_down.weight", "lora_up.weight")
+            )
+        ),
+        "add_embedding",
+    ),
+    "DoRA, PEFT's": (_peft_variant(use_dora=True), "is DoRA.*use_dora"),
+    "LoHa, PEFT's": (_peft_variant(peft_type="LOHA"), "is a LOHA adapter"),
+    "trained biases": (_peft_variant(bias="all"), "trains biases"),
+    "bias in B": (_peft_variant(lora_bias=True), "bias in B"),
+    "whole modules (`modules_to_save`)": (
+        _peft_variant(modules_to_save=["conv_in"]),
+        "whole trained modules",
+    ),
+    "trained token embeddings": (
+        _peft_variant(trainable_token_indices=[3]),
+        "trained token embeddings",
+    ),
+    "PiSSA, OLoRA, LoftQ and other changed bases": (
+        _peft_variant(init_lora_weights="pissa"),
+        "pissa.*base model's own weights",
+    ),
+    "settings that are not known": (_peft_variant(use_twice=True), "sets use_twice to True"),
+}
 
 
 @pytest.mark.parametrize("variant", _VARIANTS)
@@ -339,6 +365,20 @@ def test_variants_are_refused_as_what_they_are(
         _through_unet_adapters(path, tiny_pipeline, tmp_path)
     assert command.main([str(path), "--out", str(tmp_path / "out")]) == 1
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_page_says_what_is_tested_here() -> None:
+    """docs/adapters.md has a row for each form and variant, with what each door makes of it."""
+    page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in page.splitlines()
+             if line.startswith("| ")]  # fmt: skip
+    rows = {row[0]: row[1:] for row in cells if len(row) == 5}
+    whole = ["yes", "yes", "its U-Net part", "yes"]
+    assert {form: rows.get(form) for form in lora_files.WRITERS} == dict.fromkeys(
+        lora_files.WRITERS, whole
+    )
+    refused = {variant: rows.get(variant) for variant in _VARIANTS}
+    assert refused == dict.fromkeys(_VARIANTS, ["refused"] * 4)
 
 
 def test_what_stock_peft_saves_of_other_kinds_is_refused(
@@ -524,6 +564,14 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_old_files(
         if break_it.__code__.co_names[-1] == "fsync":
             assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     assert not list(out.glob(".*"))
+
+
+def test_a_policy_of_another_rank_or_part_is_named(make: Callable[..., PolicySnapshot]) -> None:
+    snapshot = make({"text_encoder": TEXT})
+    with pytest.raises(ConfigError, match="text_encoder has rank 4, the policy rank 8"):
+        rescaled(snapshot, {"text_encoder": replace(TEXT, rank=8)})
+    with pytest.raises(ConfigError, match="on text_encoder, the policy on unet"):
+        rescaled(snapshot, {"unet": UNET})
 
 
 def test_results_of_other_parts_are_not_mixed(

@@ -143,3 +143,28 @@ def filled(layer: Layer, rank: int) -> Layer:
         np.ascontiguousarray(b, dtype=np.float32),
         float(rank),
     )
+
+
+def rescaled(snapshot: PolicySnapshot, shapes: Mapping[str, LoraShape]) -> PolicySnapshot:
+    """The same updates for a policy of these shapes: B takes up a difference of alpha / r.
+
+    Raises:
+        ConfigError: other parts, or another rank; layers are `Adapter.load`'s to compare.
+    """
+    if snapshot.adapters.keys() != shapes.keys():
+        raise ConfigError(
+            f"the adapter is on {', '.join(snapshot.adapters)}, the policy on {', '.join(shapes)}"
+        )
+    adapters: dict[str, Tensors] = {}
+    for part, tensors in snapshot.adapters.items():
+        old, new = snapshot.shapes[part], shapes[part]
+        if old.rank != new.rank:
+            raise ConfigError(
+                f"the adapter of the {part} has rank {old.rank}, the policy rank {new.rank}"
+            )
+        factor = np.float32((old.alpha / old.rank) / (new.alpha / new.rank))
+        adapters[part] = {
+            key: value * factor if key.endswith(B) and factor != 1 else value
+            for key, value in tensors.items()
+        }
+    return PolicySnapshot(snapshot.version, dict(shapes), adapters)
