@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from tests.miniatures import build
+from tests.single_file import write_single_file
 from texforce_ray.config_io import make_config
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.errors import ConfigError
@@ -310,6 +311,27 @@ def test_single_files_say_what_they_need(
     folder = None if config is None else str(tmp_path / config)
     with pytest.raises(ConfigError, match=match):
         locate_model(str(tmp_path / name), single_file=folder)
+
+
+def test_a_single_file_draws_what_its_directory_draws(
+    pipelines: dict[str, Path], tmp_path: Path
+) -> None:
+    file, config = tmp_path / "model.safetensors", str(tmp_path / "config")
+    write_single_file(pipelines["sd15"], file)
+    shutil.copytree(pipelines["sd15"], config, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert locate_model(str(file), single_file=config) == str(file)
+    _assert_equal(_ours(file, single_file_config=config), _ours(pipelines["sd15"]))
+
+
+@pytest.mark.parametrize("start", ["cond_stage_model.", "model.diffusion_model.out.2."])
+def test_a_single_file_that_lacks_weights_is_refused(
+    pipelines: dict[str, Path], tmp_path: Path, start: str
+) -> None:
+    file = tmp_path / "model.safetensors"
+    write_single_file(pipelines["sd15"], file)
+    save_file({k: v for k, v in load_file(file).items() if not k.startswith(start)}, file)
+    with pytest.raises(ConfigError, match=r"model\.path: .*model\.safetensors"):
+        load_backbone(str(file), single_file_config=str(pipelines["sd15"]))
 
 
 def test_a_config_for_a_single_file_means_nothing_elsewhere() -> None:
