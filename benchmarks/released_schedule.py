@@ -16,7 +16,8 @@ from texforce_ray import randomness
 from texforce_ray.diffusion import ddim
 from texforce_ray.diffusion.sampler import draw_noise
 from texforce_ray.diffusion.trajectory import Trajectory, concatenate
-from texforce_ray.model.backbone import DTYPES, Backbone, Conditioning
+from texforce_ray.model.backbone import DTYPES, Backbone
+from texforce_ray.model.conditioning import Conditioning
 from texforce_ray.rl import ppo
 from texforce_ray.rl.learner import Learner
 from texforce_ray.rl.trainer import UpdateBatch

@@ -19,7 +19,8 @@ from tests.single_file import write_single_file
 from texforce_ray.config_io import make_config
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.errors import ConfigError
-from texforce_ray.model.backbone import Drawing, load_backbone
+from texforce_ray.model.backbone import load_backbone
+from texforce_ray.model.conditioning import Drawing
 from texforce_ray.model.location import locate_model
 
 PROMPTS = ["a green circle", "two red squares"]

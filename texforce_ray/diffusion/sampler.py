@@ -11,7 +11,8 @@ from torch import Tensor
 
 from texforce_ray.diffusion import ddim
 from texforce_ray.diffusion.trajectory import Trajectory
-from texforce_ray.model.backbone import Backbone, Conditioning, Prepared
+from texforce_ray.model.backbone import Backbone
+from texforce_ray.model.conditioning import Conditioning, Prepared
 
 _STORAGE = {"float32": torch.float32, "float16": torch.float16}
 

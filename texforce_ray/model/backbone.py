@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from texforce_ray.config import Config
 from texforce_ray.errors import ConfigError
 from texforce_ray.model import attention
+from texforce_ray.model.conditioning import PLAIN, Conditioning, Drawing, Prepared, Tokens
 from texforce_ray.model.frozen import load_unet, merge_unet_adapter
 from texforce_ray.model.loading import load_pipeline
 from texforce_ray.model.location import locate_model
@@ -28,73 +28,10 @@ from texforce_ray.model.snapshot import TEXT_ENCODERS, UNET
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """What the U-Net is told: hidden [B, L, D]; pooled [B, P] and time_ids [B, 6] for SDXL."""
-
-    hidden: Tensor
-    pooled: Tensor | None = None
-    time_ids: Tensor | None = None
-
-    def __getitem__(self, index: Tensor) -> Conditioning:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        chosen: Any = {k: None if v is None else v[index] for k, v in values.items()}
-        return Conditioning(**chosen)
-
-    @staticmethod
-    def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(Conditioning)}
-        joined: Any = {k: None if c[0] is None else torch.cat(c) for k, c in columns.items()}
-        return Conditioning(**joined)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Conditioning of P distinct prompts, as the U-Net's layers look at it.
-
-    keys_values: of each cross-attention layer in turn, [P, L, C] each; the rest as in
-    `Conditioning`.
-    """
-
-    keys_values: tuple[Tensor, ...]
-    pooled: Tensor | None = None
-    time_ids: Tensor | None = None
-
-    def tensors(self) -> list[Tensor]:
-        return [*self.keys_values, *(t for t in (self.pooled, self.time_ids) if t is not None)]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Prepared:
-        """The same with `function` applied to every tensor there is."""
-        rest = (None if t is None else function(t) for t in (self.pooled, self.time_ids))
-        return Prepared(tuple(map(function, self.keys_values)), *rest)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """ids: one int64 [B, L] per text encoder; truncated: bool [B], text beyond the limit."""
-
-    ids: tuple[Tensor, ...]
-    truncated: list[bool]
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """How stock pipelines are asked to draw: their arguments of the same names.
-
-    height, width: pixels; None: the model's own. clip_skip: layers of the text encoder that are
-    left out. negative_prompt: what guidance leads away from; None: the empty prompt.
-    """
-
-    height: int | None = None
-    width: int | None = None
-    clip_skip: int | None = None
-    negative_prompt: str | None = None
-
-
 class Backbone:
     """Stable Diffusion 1.x, 2.x and SD-Turbo: one CLIP text encoder, a U-Net, a VAE, noise."""
 
-    def __init__(self, pipe: Any, device: torch.device, drawing: Drawing = Drawing()) -> None:
+    def __init__(self, pipe: Any, device: torch.device, drawing: Drawing = PLAIN) -> None:
         self.device, self.drawing = device, drawing
         self.compiled = False
         self._noise_dtype: torch.dtype | None = None
@@ -284,7 +221,7 @@ class Backbone:
 class XlBackbone(Backbone):
     """SDXL and SDXL-Turbo: two text encoders, a pooled embedding, the image's size."""
 
-    def __init__(self, pipe: Any, device: torch.device, drawing: Drawing = Drawing()) -> None:
+    def __init__(self, pipe: Any, device: torch.device, drawing: Drawing = PLAIN) -> None:
         super().__init__(pipe, device, drawing)
         if self.vae.config.force_upcast:  # in half precision its decoder overflows: black images
             self.vae.float()
@@ -342,7 +279,7 @@ def load_backbone(
     unet: str | None = None,
     unet_adapters: Sequence[str] = (),
     single_file_config: str | None = None,
-    drawing: Drawing = Drawing(),
+    drawing: Drawing = PLAIN,
 ) -> Backbone:
     """Load a diffusers pipeline directory, hub id or single file; 'embedded' is the shapes world.
 

@@ -21,7 +21,8 @@ from texforce_ray.config import Config
 from texforce_ray.diffusion import ddim
 from texforce_ray.diffusion.trajectory import Trajectory
 from texforce_ray.errors import NumericsError
-from texforce_ray.model.backbone import Backbone, Prepared
+from texforce_ray.model.backbone import Backbone
+from texforce_ray.model.conditioning import Prepared
 from texforce_ray.model.snapshot import PolicySnapshot
 from texforce_ray.rl import ppo
 from texforce_ray.rl.likelihood import Likelihood, Pairs

@@ -15,7 +15,8 @@ from torch import Tensor
 from texforce_ray.diffusion import ddim
 from texforce_ray.diffusion.sampler import encode_distinct, policy_mean
 from texforce_ray.diffusion.trajectory import Trajectory
-from texforce_ray.model.backbone import Backbone, Conditioning, Prepared
+from texforce_ray.model.backbone import Backbone
+from texforce_ray.model.conditioning import Conditioning, Prepared
 
 
 @dataclass(frozen=True)
