@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from texforce_ray.model.location import EMBEDDED
 from texforce_ray.shapes import pretrain
 from texforce_ray.shapes.pretrain import Recipe
 
@@ -51,6 +53,26 @@ def test_a_killed_pretraining_goes_on_to_the_same_weights(
     whole, killed = _weights(tmp_path / "whole"), _weights(tmp_path / "killed")
     assert whole.keys() == killed.keys()
     assert all(np.array_equal(whole[key], killed[key]) for key in whole)
+
+
+@pytest.mark.parametrize("which", ["embedded", "new"])
+def test_transformers_of_any_version_finds_all_weights_and_words(
+    which: str, tiny_pipeline: Path
+) -> None:
+    """Before 5.6 CLIP's keys had `text_model.`, before 5 its tokenizer had no tokenizer.json."""
+    from transformers import CLIPTextModel
+
+    folder = EMBEDDED if which == "embedded" else tiny_pipeline
+    weights = load_file(folder / "text_encoder" / "model.safetensors")
+    assert all(key.startswith("text_model.") for key in weights)
+    _, info = CLIPTextModel.from_pretrained(folder / "text_encoder", output_loading_info=True)
+    assert not any(info.values())
+    model = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
+    words = json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    assert words == model["vocab"]
+    merges = (folder / "tokenizer" / "merges.txt").read_text(encoding="utf-8").splitlines()
+    assert merges[0] == "#version: 0.2"
+    assert [line.split(" ") for line in merges[1:]] == [list(pair) for pair in model["merges"]]
 
 
 def test_a_resumed_pretraining_must_keep_its_recipe(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from texforce_ray.shapes.networks import (
     build_unet,
     build_vae,
 )
+from texforce_ray.shapes.older_versions import name_as_older_versions_do, write_vocabulary
 from texforce_ray.shapes.tokenizer import build_tokenizer
 
 
@@ -325,27 +326,9 @@ def export(
     # transformers loads in the dtype that the config names, diffusers in float32: make them agree.
     config = out / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
-    _name_as_older_versions_do(out / "text_encoder" / "model.safetensors")
-    _write_vocabulary(out / "tokenizer")
+    name_as_older_versions_do(out / "text_encoder" / "model.safetensors")
+    write_vocabulary(out / "tokenizer")
     (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
-
-
-def _name_as_older_versions_do(file: Path) -> None:
-    """Put `text_model.` before CLIP's keys: transformers before 5.6 reads no others and would
-    leave the encoder random; later ones read both."""
-    tensors = load_file(file)
-    named = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in tensors.items()}
-    save_file(named, file, metadata={"format": "pt"})
-
-
-def _write_vocabulary(folder: Path) -> None:
-    """Write vocab.json and merges.txt: transformers before 5 reads CLIPTokenizer from them alone."""
-    model = json.loads((folder / "tokenizer.json").read_text())["model"]
-    vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
-    (folder / "vocab.json").write_text(vocabulary + "\n", encoding="utf-8")
-    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
-    lines = "\n".join(["#version: 0.2", *merges])
-    (folder / "merges.txt").write_text(lines + "\n", encoding="utf-8")
 
 
 def main() -> None:
