@@ -160,3 +160,26 @@ def test_where_the_gradient_starts() -> None:
 def test_what_cannot_be_differentiated_is_refused(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config({"direct": {}} | sections)
+
+
+@pytest.mark.parametrize(
+    ("direct", "size", "expected"),
+    [
+        ({"method": "draft", "steps": 2}, 4, [2, 2]),
+        ({"method": "draft", "steps": 2}, 1, [1, 1, 1, 1]),
+        ({"method": "refl", "steps": 2}, 3, [3, 1]),
+    ],
+)
+def test_a_microbatch_counts_the_steps_with_gradient(
+    tiny_backbone: Load, direct: dict[str, Any], size: int, expected: list[int]
+) -> None:
+    seen = []
+
+    def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        seen.append(len(images))
+        return _redness(images, prompts)
+
+    config = _config(direct=direct, learner={"microbatch_size": size})
+    learner = DirectLearner(tiny_backbone(), config, reward)
+    learner.update(_batch(_sample(learner)[0]))
+    assert seen == expected

@@ -94,7 +94,10 @@ class DirectLearner(Trainer):
         scale = loss_scale(valid, self.backbone.latent_shape) * self.scale_factor
         first = first_step(self.direct, len(self.table.timesteps), self.config.seed, self.updates)
         gradient, row = [torch.zeros_like(p) for p in self.parameters], np.zeros(3)
-        for chunk in _chunks(kept - batch.first, self.config.learner.microbatch_size):
+        # The activations of all steps with gradient are held at once: a microbatch counts pairs.
+        passes = 1 if self.direct.method == "refl" else len(self.table.timesteps) - first
+        images_at_once = max(1, self.config.learner.microbatch_size // passes)
+        for chunk in _chunks(kept - batch.first, images_at_once):
             with torch.enable_grad():
                 images = self.images(batch.trajectory, chunk, first)
                 score = self.reward(images, [batch.trajectory.prompts[row] for row in chunk])

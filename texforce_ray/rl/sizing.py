@@ -60,8 +60,9 @@ def update(
     samples = config.minibatch_size // config.learner.gradient_shards
     if config.direct is not None:
         assert reward is not None
-        given = reward
-        return _work(config, lambda c: DirectLearner(backbone, c, given), 0), samples
+        given, method = reward, config.direct.method
+        passes = 1 if method == "refl" else min(config.direct.steps, config.diffusion.steps)
+        return _work(config, lambda c: DirectLearner(backbone, c, given), 0), samples * passes
     most = samples * config.trained_timesteps
     return _work(config, lambda c: Learner(backbone, c), samples), most
 
