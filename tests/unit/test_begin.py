@@ -106,7 +106,7 @@ def test_another_alpha_is_the_same_update(adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("lora", "match"),
     [
-        ({"rank": 8}, r"lora\.init: the adapter has rank 4 on the text_encoder, this run rank 8"),
+        ({"rank": 8}, r"lora\.init: the adapter of the text_encoder has rank 4, the policy rank 8"),
         ({"target_modules": ["q_proj"]}, r"lora\.init: the adapter of the text_encoder has other"),
         (
             {"unet": {}},

@@ -62,16 +62,22 @@ def update(
         assert reward is not None
         given, method = reward, config.direct.method
         passes = 1 if method == "refl" else min(config.direct.steps, config.diffusion.steps)
-        return _work(config, lambda c: DirectLearner(backbone, c, given), 0), samples * passes
+        return (
+            _work(config, lambda c: DirectLearner(backbone, c, given), 0, passes),
+            samples * passes,
+        )
     most = samples * config.trained_timesteps
     return _work(config, lambda c: Learner(backbone, c), samples), most
 
 
-def _work(config: Config, make: Callable[[Config], Trainer], samples: int) -> Work:
-    """Updates of a minibatch of `samples`, or (0) of as many as the microbatch has."""
+def _work(config: Config, make: Callable[[Config], Trainer], samples: int, passes: int = 1) -> Work:
+    """Updates of a minibatch of `samples`, or (0) of as many as the microbatch has.
+
+    `passes`: pairs of each image in a microbatch of the latter.
+    """
 
     def work(size: int) -> None:
-        count = samples or size
+        count = samples or max(1, size // passes)
         steps = min(max(1, -(-size // count)), config.trained_timesteps)
         learner = make(_one_minibatch(config, size, steps))
         learner.updates = 1  # past the check of the first gradient, which frees what it takes

@@ -21,6 +21,7 @@ from texforce_ray.diffusion.trajectory import Trajectory
 from texforce_ray.errors import ConfigError, NumericsError
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.backbone import Backbone
+from texforce_ray.model.lora_layers import rescaled
 from texforce_ray.model.snapshot import TEXT_ENCODERS, UNET, LearnerState, LoraShape, PolicySnapshot
 from texforce_ray.rl.group import Alone
 from texforce_ray.rl.precision import Agreement, agreement, in_float32
@@ -124,26 +125,13 @@ class Trainer(ABC):
         Raises:
             ConfigError: other parts, layers or ranks than this policy's.
         """
-        weights = {}
-        for part, tensors in snapshot.adapters.items():
-            given, own = snapshot.shapes[part], self.adapter.shapes.get(part)
-            factor = 1.0
-            if own is not None:
-                if given.rank != own.rank:
-                    raise ConfigError(
-                        f"lora.init: the adapter has rank {given.rank} on the {part}, this run "
-                        f"rank {own.rank}; set the rank of lora (or lora.unet) to {given.rank}, or "
-                        "compress the adapter with texforce_ray.fuse --rank"
-                    )
-                factor = (given.alpha / given.rank) / (own.alpha / own.rank)
-            weights[part] = {
-                key: value * np.float32(factor) if key.endswith("lora_B.weight") else value
-                for key, value in tensors.items()
-            }
         try:
-            self.adapter.load_weights(weights)
+            self.adapter.load(rescaled(snapshot, self.adapter.shapes))
         except ConfigError as error:
-            raise ConfigError(f"lora.init: {error}") from None
+            raise ConfigError(
+                f"lora.init: {error}; lora.rank and lora.unet.rank can be set to an adapter's, and "
+                "texforce_ray.fuse --rank compresses one"
+            ) from None
         for average, parameter in zip(self.ema, self.parameters, strict=False):
             average.copy_(parameter.detach())
 
