@@ -423,8 +423,8 @@ class LearnerConfig(_Section):
     microbatch_size: AutoSize = Field(
         64,
         ge=0,
-        description="(sample, timestep) pairs in one pass through the U-Net, with 'direct' those of "
-        "all steps with gradient, but at least one image; 'auto' as for rollout.batch_size",
+        description="(sample, timestep) pairs in one pass through the U-Net; with 'direct' those "
+        "of all steps with gradient, but at least one image; 'auto' as for rollout.batch_size",
     )
     gradient_shards: int = Field(
         1,

@@ -25,10 +25,10 @@ _INTRODUCTION = """\
 # Configuration reference
 
 Every key, from the types that check it. Values come from a YAML file and from `key.sub=value` on
-the command line; entries of lists are counted from 0 (`rewards.0.weight=2`). Where the type is text,
-the value is taken as it stands, `#` and `: ` included; elsewhere it is a number, true, false, null, or
-`[...]` and `{...}` as in YAML. `null` is null everywhere, `'null'` the text. `${oc.env:NAME}` is an
-environment variable, as in a file; `\\${` is the text `${`. Unknown keys and
+the command line; entries of lists are counted from 0 (`rewards.0.weight=2`). Where the type is
+text, the value is taken as it stands, `#` and `: ` included; elsewhere it is a number, true, false,
+null, or `[...]` and `{...}` as in YAML. `null` is null everywhere, `'null'` the text.
+`${oc.env:NAME}` is an environment variable, as in a file; `\\${` is the text `${`. Unknown keys and
 impossible combinations are refused before anything starts. A run's `config.yaml` holds all keys,
 resolved.
 

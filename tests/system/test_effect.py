@@ -1,4 +1,4 @@
-"""A run whose rollouts do not sample with the published policy stops, and says which actor it is."""
+"""A run whose rollouts do not sample with the published policy stops and names the actor."""
 
 from __future__ import annotations
 

@@ -94,10 +94,14 @@ def test_advantages_do_not_depend_on_the_rewards_scale(size: float) -> None:
         assert found[ALL].std() == pytest.approx(1, abs=0.3)
         assert (np.diff(found[::2]) > 0).all()
     one_scale = group_advantages(REWARDS, ALL, TWO_PROMPTS)
-    np.testing.assert_allclose(group_advantages(rewards, ALL, TWO_PROMPTS), one_scale, rtol=1e-2, atol=1e-9)
+    np.testing.assert_allclose(
+        group_advantages(rewards, ALL, TWO_PROMPTS), one_scale, rtol=1e-2, atol=1e-9
+    )
     # Prompts of different sizes: each has its own.
     mixed = np.where(np.arange(6) % 2, REWARDS, rewards)
-    np.testing.assert_allclose(group_advantages(mixed, ALL, TWO_PROMPTS), one_scale, rtol=1e-2, atol=1e-9)
+    np.testing.assert_allclose(
+        group_advantages(mixed, ALL, TWO_PROMPTS), one_scale, rtol=1e-2, atol=1e-9
+    )
 
 
 def test_rounding_of_equal_rewards_teaches_nothing() -> None:

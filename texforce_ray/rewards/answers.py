@@ -82,7 +82,9 @@ def parse_score(text: str, high: float | None = None) -> float | None:
         objects = [fenced]
     if objects:
         return _agreed([_value(_field(o, "score"), high) for o in objects])
-    return _from_prose(re.sub(r"[*_`#]|^[ \t]*>", "", _without_json(text), flags=re.MULTILINE), high)
+    return _from_prose(
+        re.sub(r"[*_`#]|^[ \t]*>", "", _without_json(text), flags=re.MULTILINE), high
+    )
 
 
 def _from_prose(text: str, high: float | None) -> float | None:
