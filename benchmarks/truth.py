@@ -90,11 +90,11 @@ def measure(name: str, config: Config, device: str, *, compiled: bool) -> dict[s
         return learner._probe(batch, np.arange(len(SEEDS)), steps)
 
     ours = gradient()
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
     with in_float32(backbone):
         exact = gradient()
     agreed = agreement(ours, exact)
     effect = EffectProbe(backbone).measure(learner.adapter)
-    peak = torch.cuda.max_memory_allocated() if cuda else 0
     with learner.adapter.disabled():
         _, images = sampler.sample(PROMPTS, SEEDS, 0)
     seconds = time.perf_counter() - began
@@ -108,6 +108,7 @@ def measure(name: str, config: Config, device: str, *, compiled: bool) -> dict[s
         "ratio_error_median": float(torch.expm1(found - stored).abs().median()),
         "image_difference": difference(images, stock(config, device)),
         "effect": effect.change,
+        "layers": effect.layers,
         "peak_bytes": peak,
         "seconds": seconds,
     }

@@ -158,15 +158,20 @@ def check_effect(info: Info, expected: Effect | None, version: int, dtype: DType
             f"rollout actor ({info.who}) does not hold the adapter of policy version {version}: "
             f"its weights have digest {held.digest:x}, the learner's {expected.digest:x}"
         )
-    allowed = _CHANGE_TOLERANCE * expected.change + _CHANGE_ROUNDING[dtype]
-    unbound = not held.change and expected.change
-    if unbound or not abs(held.change - expected.change) <= allowed:
-        raise EffectError(
-            f"rollout actor ({info.who}) holds the adapter of policy version {version}, but it "
-            f"works otherwise there: a probe prompt's embedding changes by {held.change:.3g} of "
-            f"its norm, at the learner by {expected.change:.3g}. Are the adapter's layers those "
-            "that are computed?"
-        )
+    what = {
+        "change": "a probe prompt's embedding changes by",
+        "denoiser": "the output of the U-Net's first adapted layer changes by",
+        "layers": "the adapter is switched on in so many layers:",
+    }
+    rounding = _CHANGE_ROUNDING[dtype]
+    for name, words in what.items():
+        here, there = getattr(held, name), getattr(expected, name)
+        unbound = not here and there > rounding
+        if unbound or not abs(here - there) <= _CHANGE_TOLERANCE * there + rounding:
+            raise EffectError(
+                f"rollout actor ({info.who}) holds the adapter of policy version {version}, but "
+                f"it works otherwise there: {words} {here:.3g}, at the learner {there:.3g}"
+            )
 
 
 async def sample_again(

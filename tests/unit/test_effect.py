@@ -60,7 +60,7 @@ def _published(actor: LearnerActor, randomize: Randomize) -> tuple[Effect, Polic
     randomize(actor.learner.adapter, seed=3, scale=0.1)
     metrics, _, snapshot, _ = actor._published({})
     assert snapshot is not None
-    assert metrics["learner/effect"] == metrics["effect"].change
+    assert metrics["learner/effect"] == metrics["effect"].change + metrics["effect"].denoiser
     return metrics["effect"], snapshot
 
 
@@ -84,7 +84,7 @@ def test_an_actor_that_holds_the_policy_measures_what_the_learner_did(
     effect, snapshot = _published(LearnerActor(config), randomize)
     info = _sampled(RolloutActor(config), snapshot)
     assert info.effect == effect
-    assert effect.change > 0.001
+    assert effect.change + effect.denoiser > 0.001
     check_effect(info, effect, 1, "float32")
 
 
@@ -125,8 +125,28 @@ def test_an_adapter_that_is_bound_to_no_layer_there_is_found(
     info = _sampled(Unbound(config), snapshot)
     assert info.effect is not None
     assert info.effect.digest == effect.digest
-    with pytest.raises(EffectError, match=r"works otherwise there.*changes by 0 of its norm"):
+    with pytest.raises(
+        EffectError, match=r"works otherwise there: a probe prompt's embedding changes by 0, at the"
+    ):
         check_effect(info, effect, 1, dtype)  # type: ignore[arg-type]
+
+
+def test_each_part_is_looked_at_by_itself(randomize: Randomize) -> None:
+    config = _config(lora={"rank": 4, "unet": {"rank": 2}})
+    effect, snapshot = _published(LearnerActor(config), randomize)
+
+    class Half(RolloutActor):
+        def _load(self, snapshot: PolicySnapshot) -> None:
+            super()._load(snapshot)
+            for layer in self._adapter.parts["unet"]._layers[first:]:
+                layer.enable_adapters(False)
+
+    first = 0
+    with pytest.raises(EffectError, match="the U-Net's first adapted layer changes by 0, at the"):
+        check_effect(_sampled(Half(config), snapshot), effect, 1, "float32")
+    first = 4
+    with pytest.raises(EffectError, match="switched on in so many layers"):
+        check_effect(_sampled(Half(config), snapshot), effect, 1, "float32")
 
 
 def test_the_base_model_has_no_effect_and_a_fresh_adapter_none_either() -> None:

@@ -555,6 +555,20 @@ def test_updates_end_early_beyond_the_target_kl(tiny_backbone: Load) -> None:
     assert metrics["ppo/updates_left_out"] == 3
 
 
+def test_a_target_kl_goes_on_after_a_batch_that_is_not_finite() -> None:
+    totals = _Totals(CPU)
+
+    def result(kl: float) -> ppo.PpoLoss:
+        ones = torch.ones(2)
+        return ppo.PpoLoss(ones, ones, ones * kl, ones)
+
+    totals.add(result(float("nan")), None)
+    assert np.isnan(totals.take_kl()[1])
+    totals.add(result(5.0), None)
+    assert totals.take_kl() == [2.0, 10.0]
+    assert totals.take_kl() == [0.0, 0.0]
+
+
 # ---- steps without likelihood, samples that are left out -----------------------------------
 
 

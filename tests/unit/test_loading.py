@@ -231,6 +231,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "classes": ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type"),
     "image": ("unet/config.json", {"encoder_hid_dim_type": "image_proj"}, "encoder_hid_dim_type"),
     "other embedding": ("unet/config.json", {"addition_embed_type": "text"}, "addition_embed"),
+    "attention": ("unet/config.json", {"only_cross_attention": [False, True]}, "only_cross_att"),
+    "gated": ("unet/config.json", {"attention_type": "gated"}, "attention_type 'gated'"),
     "inpainting": ("unet/config.json", {"in_channels": 9}, "in_channels 9 where the VAE has 4"),
     "video": ("unet/config.json", {"_class_name": "UNet3DConditionModel"}, "UNet3DCondition"),
     "edm": ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "EDMEuler"),

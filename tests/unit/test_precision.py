@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -159,6 +160,52 @@ def test_a_fresh_adapter_whose_a_has_no_gradient_yet_agrees() -> None:
 def test_float32_needs_no_check(randomize: Callable[..., None]) -> None:
     learner = _learner("text", "float32", randomize)
     assert "learner/gradient_agreement" not in learner.update(_batch(learner))
+
+
+def test_a_reward_that_answers_in_half_precision_keeps_its_gradient(
+    randomize: Callable[..., None],
+) -> None:
+    def half(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return _redness(images, prompts).half()
+
+    config = _config("float16", direct={"method": "draft", "steps": 1})
+    learner = DirectLearner(load_backbone("embedded", dtype="float16"), config, half)
+    randomize(learner.adapter, seed=1, scale=0.05)
+    gradient = _gradient(learner, _batch(learner), SD_PAIRS)
+    assert all(bool(torch.isfinite(part).all()) for part in gradient)
+    assert any(bool(part.any()) for part in gradient)
+
+
+def test_the_check_waits_for_a_sample_that_counts(randomize: Callable[..., None]) -> None:
+    learner = _learner("text", "float16", randomize)
+    batch = _batch(learner)
+    nobody = UpdateBatch(batch.trajectory, np.zeros(4), np.zeros(4, dtype=bool))
+    assert "learner/gradient_agreement" not in learner.update(nobody)
+    assert "learner/gradient_agreement" in learner.update(batch)
+
+
+def test_too_little_memory_leaves_nothing_behind(
+    randomize: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the failed attempt held must be free before the next one."""
+    learner = _learner("text", "float16", randomize)
+    batch, held = _batch(learner), []
+    original = learner.likelihood.log_probs
+
+    def log_probs(*given: Any) -> Tensor:
+        if learner.backbone.dtype == torch.float32:
+            large = torch.ones(1)
+            held.append(weakref.ref(large))
+            raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+        assert all(reference() is None for reference in held)
+        return original(*given)
+
+    monkeypatch.setattr(learner.likelihood, "log_probs", log_probs)
+    assert learner.update(batch)["learner/gradient_agreement"] > 0.99
+    assert held
+    assert learner.scale_factor == 1
+    assert learner.microbatch_size == learner.config.learner.microbatch_size
+    assert learner.backbone.dtype == torch.float16
 
 
 @pytest.mark.parametrize("memory", [True, False], ids=["float32", "another scale"])

@@ -39,10 +39,12 @@ class ColocatedActor(RolloutActor, LearnerActor):
             with adapter.disabled():
                 yield
             return
-        own = self.learner.snapshot()
-        adapter.load(ray.get(policy[0]))
-        self._effect = self._probe.measure(adapter)
-        try:
+        own, wanted = self.learner.snapshot(), policy[0].hex()
+        try:  # whatever fails, the learner must have its weights back
+            adapter.load(ray.get(policy[0]))
+            if wanted != self._loaded:
+                self._effect = self._probe.measure(adapter)
+                self._loaded = wanted
             yield
         finally:
             adapter.load(own)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Updated = tuple[dict[str, Any], LearnerState | None, PolicySnapshot | None, PolicySnapshot | None]
 
 
+_HALF_PATIENCE = 10
 PROFILED_STEPS = 2  # an update may take hours, and its profile all memory
 
 
@@ -183,9 +184,11 @@ class LearnerActor:
     def _published(self, metrics: dict[str, Any]) -> Updated:
         learner = self.learner
         effect, snapshot = self._probe.measure(learner.adapter), learner.snapshot()
-        metrics |= {"effect": effect, "learner/effect": effect.change}
-        # In half precision a small change may round to none.
-        if self.config.model.dtype == "float32" and not effect.change and snapshot.changes:
+        metrics |= {"effect": effect, "learner/effect": effect.change + effect.denoiser}
+        nothing = not effect.change and not effect.denoiser and snapshot.changes
+        # In half precision a small change rounds to none, but not that of many iterations.
+        patience = 0 if self.config.model.dtype == "float32" else _HALF_PATIENCE
+        if nothing and snapshot.version >= patience:
             raise EffectError(
                 f"training changes nothing: the adapter of policy version {snapshot.version} is "
                 "not zero, and yet it leaves a probe prompt's embedding as it is (lora."

@@ -67,6 +67,9 @@ class Backbone:
 
     def compile(self) -> None:
         """torch.compile the U-Net; every shape it then sees follows from the batch size alone."""
+        # With and without gradient, with and without adapter, a few batch sizes: past the limit
+        # (8) torch would go on uncompiled without a word.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self.unet.compile(dynamic=False)
         self.compiled = True
 
@@ -176,8 +179,12 @@ class Backbone:
     ) -> Tensor:
         """`predict`, where row b has prompt `rows[b]` (int64 [B]) of the prepared ones."""
         pooled, time_ids, shared = prepared.pooled, prepared.time_ids, prepared.keys_values
-        folded = attention.group_rows(rows)
+        folded, count = attention.group_rows(rows), len(rows)
         if self.compiled:
+            more = padded(count) - count  # masks leave last batches of any size
+            x = torch.cat([x, x[-1:].expand(more, *x.shape[1:])])
+            timesteps = torch.cat([timesteps, timesteps[-1:].expand(more)])
+            rows = np.concatenate([rows, np.repeat(rows[-1:], more)])
             # How many prompts there are, and how they lie, changes from batch to batch: chosen
             # here, all shapes within follow from the batch size, and nothing compiles again.
             chosen = torch.from_numpy(rows).to(self.device)
@@ -195,7 +202,7 @@ class Backbone:
             encoder_hidden_states=shared[0],  # says only that there are prompts
             cross_attention_kwargs={"keys_values": shared, "groups": groups},
             added_cond_kwargs=self._added(pooled, time_ids),
-        ).sample
+        ).sample[:count]
 
     def _added(self, pooled: Tensor | None, time_ids: Tensor | None) -> dict[str, Tensor] | None:
         """What the U-Net is told beside the prompt's tokens."""
@@ -267,6 +274,12 @@ class XlBackbone(Backbone):
         assert pooled is not None
         assert time_ids is not None
         return {"text_embeds": pooled, "time_ids": time_ids}
+
+
+def padded(count: int) -> int:
+    """A batch size that compiled networks see: at most a quarter more, four to each octave."""
+    step = max(1, 2 ** (count.bit_length() - 3))
+    return -(-count // step) * step
 
 
 def load_backbone(

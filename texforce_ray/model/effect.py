@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from texforce_ray.model.adapter import Adapter
+from texforce_ray.model.adapter import ADAPTER, Adapter
 from texforce_ray.model.backbone import Backbone
 from texforce_ray.model.snapshot import UNET, Effect
 
@@ -41,10 +41,13 @@ class EffectProbe:
         if self._base is None:
             with adapter.disabled():
                 self._base = self._embedding()
-        change = _relative(embedding, self._base)
-        if UNET in adapter.parts:
-            change = change + _layer_change(adapter.parts[UNET].module)
-        return Effect(digest(adapter.parameters()), float(change))
+        denoiser = _layer_change(adapter.parts[UNET].module) if UNET in adapter.parts else 0.0
+        return Effect(
+            digest(adapter.parameters()),
+            float(_relative(embedding, self._base)),
+            float(denoiser),
+            sum(active_layers(part.module) for part in adapter.parts.values()),
+        )
 
     def _embedding(self) -> Tensor:
         """Of the probe prompt: float32 [L, D]."""
@@ -63,6 +66,12 @@ def digest(parameters: list[nn.Parameter]) -> int:
 def _factors(count: int, device: torch.device) -> Tensor:
     """An odd number for each place."""
     return torch.arange(1, count + 1, device=device) * _PRIME | 1
+
+
+def active_layers(module: nn.Module) -> int:
+    """How many of its layers an adapter is switched on in."""
+    layers = (m for m in module.modules() if isinstance(m, BaseTunerLayer))
+    return sum(not layer.disable_adapters and ADAPTER in layer.active_adapters for layer in layers)
 
 
 def _layer_change(module: nn.Module) -> Tensor:

@@ -42,6 +42,13 @@ _UNET_INPUTS = (
     "encoder_hid_dim_type",
     "time_cond_proj_dim",
 )
+# Kinds of attention that `model.attention` does not compute.
+_UNET_VALUES = {
+    "dual_cross_attention": False,
+    "only_cross_attention": False,
+    "attention_type": "default",
+    "cross_attention_norm": None,
+}
 _WEIGHTS = re.compile(
     r"(model|diffusion_pytorch_model|pytorch_model)(-\d+-of-\d+)?"
     r"(\.(?P<variant>[\w-]+?))?(-\d+-of-\d+)?\.(safetensors|bin)"
@@ -120,6 +127,12 @@ def check_unet(config: dict[str, Any], where: str, *, xl: bool) -> None:
                 f"{where}: the U-Net's config has {key} {config[key]!r}, an input that is not "
                 "supported (models distilled to follow a guidance embedding, such as LCM, have "
                 "time_cond_proj_dim); without it the images would be others than stock diffusers'"
+            )
+    for key, value in _UNET_VALUES.items():
+        given = config.get(key, value)
+        if any(each != value for each in (given if isinstance(given, list) else [given])):
+            raise ConfigError(
+                f"{where}: the U-Net's config has {key} {given!r}; supported is {value!r}"
             )
     wanted = "text_time" if xl else None
     if config.get("addition_embed_type") != wanted:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from texforce_ray.errors import ConfigError
 from texforce_ray.model.inspection import SUPPORTED, check_pipeline, read_json
 
 _PARTS = ("text_encoder", "text_encoder_2", "unet", "vae")
+# By name alone: what else a model_index.json names is not imported.
+_CLASSES: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (
+        CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel, AutoencoderKL,
+        AutoencoderTiny,
+    )
+}  # fmt: skip
 _LEFT_OUT = {"feature_extractor": None, "image_encoder": None}
 # Stored as buffers once; they are computed now.
 _COMPUTED = ("position_ids",)
@@ -51,7 +65,9 @@ def load_pipeline(
     kind, extra = pipeline_class(index["_class_name"], path)
     try:
         parts = {
-            name: load_part(folder / name, _class_of(*index[name]), dtype, path, variant)
+            name: load_part(
+                folder / name, _class_of(name, index[name][1], path), dtype, path, variant
+            )
             for name in _PARTS
             if name in index
         }
@@ -109,8 +125,13 @@ def complete(model: Any, loaded: dict[str, Any], where: str) -> Any:
     )
 
 
-def _class_of(library: str, name: str) -> Any:
-    return getattr(importlib.import_module(library), name)
+def _class_of(part: str, name: str, path: str) -> Any:
+    if name not in _CLASSES:
+        raise ConfigError(
+            f"model.path: {path}: model_index.json says that {part} is a {name}; supported are "
+            f"{', '.join(_CLASSES)}"
+        )
+    return _CLASSES[name]
 
 
 def _downloaded(identifier: str, revision: str | None, variant: str | None) -> Path:
@@ -120,7 +141,9 @@ def _downloaded(identifier: str, revision: str | None, variant: str | None) -> P
         ConfigError: it cannot be had.
     """
     try:
-        folder = StableDiffusionPipeline.download(identifier, revision=revision, variant=variant)
+        folder = StableDiffusionPipeline.download(
+            identifier, revision=revision, variant=variant, safety_checker=None, **_LEFT_OUT
+        )
     except Exception as error:  # the hub's client raises many kinds
         lines = [line for line in str(error).splitlines() if line.strip()]
         offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")

@@ -20,11 +20,14 @@ class Effect(NamedTuple):
     """What a process holds of a policy version: see `model.effect`.
 
     digest: of the adapter's bits. change: of a probe prompt's embedding against the base model,
-    relative; 0 of an adapter that changes nothing.
+    relative. denoiser: likewise, of the output of the U-Net's first adapted layer. Both are 0 of an
+    adapter that changes nothing. layers: in how many it is switched on.
     """
 
     digest: int
     change: float
+    denoiser: float = 0.0
+    layers: int = 0
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,9 @@ class DirectLearner(Trainer):
         del behaviour  # the gradient is that of the current policy, whoever drew the start
         sums: list[list[list[float]]] = []
         norms: list[float] = []
-        checked = self.check_gradient(
-            batch, lambda: self._probe(batch, self._minibatches(batch, 0)[0])
-        )
+        some = self._minibatches(batch, 0)
+        first = next((rows for rows in some if batch.mask[rows].any()), some[0])
+        checked = self.check_gradient(batch, lambda: self._probe(batch, first))
         for epoch in range(self.config.ppo.epochs):
             for rows in self._minibatches(batch, epoch):
                 if not batch.mask[rows].any():
@@ -96,13 +96,16 @@ class DirectLearner(Trainer):
         gradient, row = [torch.zeros_like(p) for p in self.parameters], np.zeros(3)
         # The activations of all steps with gradient are held at once: a microbatch counts pairs.
         passes = 1 if self.direct.method == "refl" else len(self.table.timesteps) - first
-        images_at_once = max(1, self.config.learner.microbatch_size // passes)
+        images_at_once = max(1, self.microbatch_size // passes)
         for chunk in _chunks(kept - batch.first, images_at_once):
             with torch.enable_grad():
                 images = self.images(batch.trajectory, chunk, first)
                 score = self.reward(images, [batch.trajectory.prompts[row] for row in chunk])
                 found = torch.autograd.grad(
-                    -score.sum() / valid * scale, self.parameters, allow_unused=True
+                    # A reward may answer in half precision, in which the scale is infinite.
+                    -score.float().sum() / valid * scale,
+                    self.parameters,
+                    allow_unused=True,
                 )
             scores = score.detach().double()
             row += len(scores), float(scores.sum()), float(scores.square().sum())

@@ -57,7 +57,11 @@ class Learner(Trainer):
         )
         anchor = torch.from_numpy(np.array(batch.trajectory.log_probs))
         weight = torch.ones_like(anchor)
-        first = self._minibatches(batch, epoch=0)[0]
+        minibatches = [
+            rows for epoch in range(config.ppo.epochs) for rows in self._minibatches(batch, epoch)
+        ]
+        # The first one with a sample that counts.
+        first = next((rows for rows in minibatches if batch.mask[rows].any()), minibatches[0])
         error: float | None = None
         if behaviour is not None:
             error = self._ratio_error(batch, first, steps, behaviour)
@@ -71,9 +75,6 @@ class Learner(Trainer):
         checked = self.check_gradient(batch, lambda: self._probe(batch, first, steps))
         totals = [_Totals(self.backbone.device) for _ in self._shards(np.arange(len(batch)))]
         norms: list[float] = []
-        minibatches = [
-            rows for epoch in range(config.ppo.epochs) for rows in self._minibatches(batch, epoch)
-        ]
         skipped = 0
         for rows in minibatches:
             if not batch.mask[rows].any():
@@ -175,7 +176,9 @@ class Learner(Trainer):
         spread = np.linspace(0, steps.shape[1] - 1, min(_PROBED, steps.shape[1])).round()
         pairs = Pairs.of(kept, steps[:, spread.astype(np.int64)], batch.first)
         anchor = torch.from_numpy(np.array(batch.trajectory.log_probs))
+        self.likelihood.microbatch_size = self.microbatch_size
         anchor[pairs.sample, pairs.step] = self.likelihood.log_probs(batch.trajectory, pairs).cpu()
+        self.likelihood.microbatch_size = self.config.learner.microbatch_size
         # The valid pairs of the whole minibatch: they decide how small its gradient is.
         valid = int(batch.mask[rows].sum()) * steps.shape[1]
         return self._shard_gradient(
@@ -232,7 +235,7 @@ class Learner(Trainer):
             reference = self._reference(trajectory, rows)
             for parameter in self.parameters:
                 parameter.grad = None
-            for chunk in pairs.chunks(self.config.learner.microbatch_size):
+            for chunk in pairs.chunks(self.microbatch_size):
                 part, where = pairs[chunk], prompt[local[chunk]]
                 mean, step = self.likelihood.mean(trajectory, part, leaf, where)
                 log_prob = self.likelihood.density(trajectory, part, step, mean)
@@ -305,8 +308,9 @@ class _Totals:
     def __init__(self, device: torch.device) -> None:
         self.count = 0
         self._sums = torch.zeros(len(_METRICS), dtype=torch.float64, device=device)
+        self._kl = torch.zeros((), dtype=torch.float64, device=device)  # since it was last taken
         self._error = torch.zeros((), device=device)
-        self._taken = [0.0, 0.0]
+        self._taken = 0  # the count then
 
     @torch.no_grad()
     def add(self, result: ppo.PpoLoss, kl_base: Tensor | None) -> None:
@@ -316,13 +320,14 @@ class _Totals:
         kl = torch.full_like(result.ratio, float("nan")) if kl_base is None else kl_base
         columns = (result.loss, result.approx_kl, result.clipped, result.ratio, kl)
         self._sums += torch.stack([column.sum() for column in columns]).double()
+        self._kl += result.approx_kl.sum()
 
     def take_kl(self) -> list[float]:
         """Count and sum of approx_kl since the last call."""
-        now = [float(self.count), float(self._sums[_METRICS.index("ppo/approx_kl")])]
-        found = [a - b for a, b in zip(now, self._taken, strict=True)]
-        self._taken = now
-        return found
+        taken = [float(self.count - self._taken), float(self._kl)]
+        self._taken = self.count
+        self._kl.zero_()  # not a difference of sums: one NaN would be in all that follow
+        return taken
 
     @property
     def ratio_error(self) -> float:

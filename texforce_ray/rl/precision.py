@@ -71,6 +71,20 @@ def agreement(found: Sequence[Tensor], exact: Sequence[Tensor]) -> Agreement:
 
 
 @contextmanager
+def _no_tf32() -> Iterator[None]:
+    """Within it, float32 on a GPU is float32: TF32 has no more bits than float16."""
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [setting.allow_tf32 for setting in settings]
+    try:
+        for setting in settings:
+            setting.allow_tf32 = False
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.allow_tf32 = value
+
+
+@contextmanager
 def in_float32(backbone: Backbone) -> Iterator[None]:
     """Within it, all frozen weights are float32 copies of themselves, uncompiled.
 
@@ -91,7 +105,7 @@ def in_float32(backbone: Backbone) -> Iterator[None]:
     compiled = backbone.unet._compiled_call_impl
     backbone.unet._compiled_call_impl = None
     try:
-        with backbone.same_noise():
+        with backbone.same_noise(), _no_tf32():
             for tensor in tensors:
                 tensor.data = tensor.data.float()
             yield

@@ -18,7 +18,7 @@ from texforce_ray import randomness
 from texforce_ray.config import Config
 from texforce_ray.diffusion import ddim
 from texforce_ray.diffusion.trajectory import Trajectory
-from texforce_ray.errors import ConfigError, NumericsError
+from texforce_ray.errors import ConfigError, NumericsError, is_out_of_memory
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.backbone import Backbone
 from texforce_ray.model.lora_layers import rescaled
@@ -77,6 +77,7 @@ class Trainer(ABC):
         self.version = 0
         self.updates = 0
         self.skipped = 0  # in a row
+        self.microbatch_size = config.learner.microbatch_size
         # Further factor of the loss in the backward pass; only the gradient check changes it.
         self.scale_factor = 1.0
 
@@ -188,18 +189,20 @@ class Trainer(ABC):
         Raises:
             NumericsError: the gradient is not the gradient.
         """
-        del batch
-        if self.backbone.dtype not in (torch.float16, torch.bfloat16) or self.updates:
+        half = self.backbone.dtype in (torch.float16, torch.bfloat16)
+        if not half or self.optimizer.state or not batch.mask.any():
             return {}
-        found, beside = probe(), "float32"
+        self.microbatch_size = 1  # float32 takes twice the memory of what was planned for
         try:
-            with in_float32(self.backbone):
+            found, beside = probe(), "float32"
+            exact = self._exact(probe)
+            if exact is None:
+                self.scale_factor, beside = _OTHER_SCALE, "another loss scale"
                 exact = probe()
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            self.scale_factor, beside = _OTHER_SCALE, "another loss scale"
-            exact = probe()
-            self.scale_factor = 1.0
+        finally:
+            self.scale_factor, self.microbatch_size = 1.0, self.config.learner.microbatch_size
+        if self.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()  # others may share the device, and nobody needs that again
         own = agreement(found, exact)
         if beside == "float32" and not any(bool(t.any()) for t in exact):
             own = Agreement(1.0, 0.0)  # these samples really have none: all masked, say
@@ -211,9 +214,24 @@ class Trainer(ABC):
                 f"the gradient in {self.config.model.dtype} is not the gradient: its cosine to "
                 f"that of {beside} is {1 - lost:.3f}, {zeros:.0%} of its entries are lost to zero "
                 f"(learner.min_gradient_agreement allows a cosine of {least}). Use "
-                "model.dtype=bfloat16 or float32"
+                f"model.dtype={'bfloat16 or ' * (self.backbone.dtype == torch.float16)}float32"
             )
         return {"learner/gradient_agreement": 1 - lost, "learner/gradient_zeros": zeros}
+
+    def _exact(self, probe: Callable[[], list[Tensor]]) -> list[Tensor] | None:
+        """The probe in float32; None where the device's memory is too small for that.
+
+        The error is gone when this returns, and with it what its frames still held.
+        """
+        try:
+            with in_float32(self.backbone):
+                return probe()
+        except (RuntimeError, MemoryError) as error:  # CUDA's libraries say it in other words
+            if not is_out_of_memory(error):
+                raise
+        if self.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
 
     def _own_shards(self) -> int:
         return self.config.learner.gradient_shards // self.group.size
