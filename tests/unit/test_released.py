@@ -45,7 +45,8 @@ def test_the_released_order_gives_the_same_samples_and_gradients(
     theirs, images = released.sample(PROMPTS, seeds)
     sampler = Sampler(learner.backbone, steps=4, eta=1.0, guidance_scale=guidance_scale)
     ours, _ = sampler.sample(PROMPTS, seeds, 0)
-    np.testing.assert_allclose(ours.latents, theirs.latents, rtol=1e-5, atol=1e-5)
+    # Other batch shapes, other kernels: how far they round apart depends on the processor.
+    np.testing.assert_allclose(ours.latents, theirs.latents, rtol=1e-4, atol=1e-4)
     assert images.shape == (6, *images.shape[1:3], 3)
 
     mask = np.array([True, True, False, True, True, True])
