@@ -73,15 +73,13 @@ def agreement(found: Sequence[Tensor], exact: Sequence[Tensor]) -> Agreement:
 @contextmanager
 def _no_tf32() -> Iterator[None]:
     """Within it, float32 on a GPU is float32: TF32 has no more bits than float16."""
-    settings = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [setting.allow_tf32 for setting in settings]
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
     try:
-        for setting in settings:
-            setting.allow_tf32 = False
+        products.allow_tf32 = convolutions.allow_tf32 = False
         yield
     finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.allow_tf32 = value
+        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 @contextmanager
