@@ -14,6 +14,7 @@ from texforce_ray.errors import EffectError
 from texforce_ray.model.snapshot import PolicySnapshot
 
 
+@pytest.mark.slow  # tests/unit/test_effect.py breaks the same actors without a cluster
 def test_adapters_that_never_reach_the_rollouts_end_the_run(tmp_path: Path) -> None:
     class Deaf(RolloutActor):
         """Keeps the first policy that it is given."""
