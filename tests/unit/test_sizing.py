@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from texforce_ray.config_io import make_config
 from texforce_ray.errors import ConfigError, ResourceError
 from texforce_ray.model import flops
 from texforce_ray.model.attention import group_rows
-from texforce_ray.model.backbone import Backbone
+from texforce_ray.model.backbone import Backbone, load_backbone
 from texforce_ray.model.sizing import (
     batch_candidates,
     largest_that_fits,
@@ -243,6 +244,18 @@ def test_updates_are_measured_with_u_net_lora_and_kl_pass(
         assert seen.adapted == [True, False][:passes] * len(chunks)
     left = [m for m in backbone.unet.modules() if isinstance(m, BaseTunerLayer)]
     assert not left, "the next size starts from the base"
+
+
+def test_updates_are_measured_without_the_check_of_the_first_gradient(
+    tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half precision it would stop on made-up samples, and nothing would be measured."""
+    backbone = load_backbone(str(tiny_pipeline), dtype="bfloat16")
+    monkeypatch.setattr("texforce_ray.rl.trainer.in_float32", lambda _: pytest.fail("checked"))
+    seen = _Unet(backbone)
+    run, _ = work.update(backbone, make_config(TINY))
+    run(16)
+    assert seen.rows == [32]
 
 
 @pytest.mark.parametrize("method", ["refl", "draft", "alignprop"])

@@ -176,9 +176,8 @@ class Learner(Trainer):
         spread = np.linspace(0, steps.shape[1] - 1, min(_PROBED, steps.shape[1])).round()
         pairs = Pairs.of(kept, steps[:, spread.astype(np.int64)], batch.first)
         anchor = torch.from_numpy(np.array(batch.trajectory.log_probs))
-        self.likelihood.microbatch_size = self.microbatch_size
-        anchor[pairs.sample, pairs.step] = self.likelihood.log_probs(batch.trajectory, pairs).cpu()
-        self.likelihood.microbatch_size = self.config.learner.microbatch_size
+        found = self.likelihood.log_probs(batch.trajectory, pairs, self.microbatch_size)
+        anchor[pairs.sample, pairs.step] = found.cpu()
         # The valid pairs of the whole minibatch: they decide how small its gradient is.
         valid = int(batch.mask[rows].sum()) * steps.shape[1]
         return self._shard_gradient(

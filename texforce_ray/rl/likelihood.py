@@ -85,15 +85,20 @@ class Likelihood:
         return ddim.log_prob(self.table, step, following.float(), mean)
 
     @torch.no_grad()
-    def log_probs(self, trajectory: Trajectory, pairs: Pairs) -> Tensor:
-        """Log-probabilities under the current weights, float32 [P], without gradient."""
+    def log_probs(
+        self, trajectory: Trajectory, pairs: Pairs, microbatch_size: int | None = None
+    ) -> Tensor:
+        """Log-probabilities under the current weights, float32 [P], without gradient.
+
+        `microbatch_size`: pairs in one pass, where that is not the learner's own number.
+        """
         if not len(pairs):
             return torch.zeros(0, device=self.backbone.device)
         rows, local = np.unique(pairs.sample, return_inverse=True)
         conditioning, prompt = self.encode(trajectory, rows)
         prepared = self.backbone.prepare(conditioning)
         parts = []
-        for chunk in pairs.chunks(self.microbatch_size):
+        for chunk in pairs.chunks(microbatch_size or self.microbatch_size):
             part = pairs[chunk]
             mean, step = self.mean(trajectory, part, prepared, prompt[local[chunk]])
             parts.append(self.density(trajectory, part, step, mean))

@@ -80,7 +80,7 @@ def _work(config: Config, make: Callable[[Config], Trainer], samples: int, passe
         count = samples or max(1, size // passes)
         steps = min(max(1, -(-size // count)), config.trained_timesteps)
         learner = make(_one_minibatch(config, size, steps))
-        learner.updates = 1  # past the check of the first gradient, which frees what it takes
+        learner.checked = True  # the check of the first gradient frees what it takes
         batch = UpdateBatch(
             _trajectory(learner, config, count), np.ones(count), np.ones(count, dtype=bool)
         )

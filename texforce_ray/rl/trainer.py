@@ -80,6 +80,7 @@ class Trainer(ABC):
         self.microbatch_size = config.learner.microbatch_size
         # Further factor of the loss in the backward pass; only the gradient check changes it.
         self.scale_factor = 1.0
+        self.checked = False  # whether the gradient check is done, or not wanted
 
     # ---- state ---------------------------------------------------------------------------
 
@@ -190,8 +191,9 @@ class Trainer(ABC):
             NumericsError: the gradient is not the gradient.
         """
         half = self.backbone.dtype in (torch.float16, torch.bfloat16)
-        if not half or self.optimizer.state or not batch.mask.any():
+        if not half or self.checked or self.optimizer.state or not batch.mask.any():
             return {}
+        self.checked = True
         self.microbatch_size = 1  # float32 takes twice the memory of what was planned for
         try:
             found, beside = probe(), "float32"
