@@ -222,7 +222,7 @@ def test_a_gradient_that_underflows_stops_the_run_before_its_first_update(
         def too_large(_: object) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        monkeypatch.setattr("texforce_ray.rl.trainer.in_float32", too_large)
+        monkeypatch.setattr("texforce_ray.rl.precision.in_float32", too_large)
     with pytest.raises(NumericsError, match=r"gradient in float16 is not the gradient.*bfloat16"):
         learner.update(batch)
     assert learner.updates == 0

@@ -251,7 +251,7 @@ def test_updates_are_measured_without_the_check_of_the_first_gradient(
 ) -> None:
     """In half precision it would stop on made-up samples, and nothing would be measured."""
     backbone = load_backbone(str(tiny_pipeline), dtype="bfloat16")
-    monkeypatch.setattr("texforce_ray.rl.trainer.in_float32", lambda _: pytest.fail("checked"))
+    monkeypatch.setattr("texforce_ray.rl.precision.in_float32", lambda _: pytest.fail("checked"))
     seen = _Unet(backbone)
     run, _ = work.update(backbone, make_config(TINY))
     run(16)

@@ -8,13 +8,14 @@ before the backward pass and the float32 gradient is divided by the same factor.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from texforce_ray.errors import is_out_of_memory
 from texforce_ray.model.backbone import Backbone
 
 # Sums over pairs enter the encoder at 2^4: twelve binary orders below float16's largest number.
@@ -111,3 +112,19 @@ def in_float32(backbone: Backbone) -> Iterator[None]:
         for tensor, dtype in zip(tensors, dtypes, strict=True):
             tensor.data = tensor.data.to(dtype)
         backbone.unet._compiled_call_impl = compiled
+
+
+def probed_in_float32(backbone: Backbone, probe: Callable[[], list[Tensor]]) -> list[Tensor] | None:
+    """What `probe` gives with float32 weights; None where the device's memory is too small.
+
+    The error is gone when this returns, and with it what its frames still held.
+    """
+    try:
+        with in_float32(backbone):
+            return probe()
+    except (RuntimeError, MemoryError) as error:  # CUDA's libraries say it in other words
+        if not is_out_of_memory(error):
+            raise
+    if backbone.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None

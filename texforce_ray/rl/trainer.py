@@ -18,13 +18,13 @@ from texforce_ray import randomness
 from texforce_ray.config import Config
 from texforce_ray.diffusion import ddim
 from texforce_ray.diffusion.trajectory import Trajectory
-from texforce_ray.errors import ConfigError, NumericsError, is_out_of_memory
+from texforce_ray.errors import ConfigError, NumericsError
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.backbone import Backbone
 from texforce_ray.model.lora_layers import rescaled
 from texforce_ray.model.snapshot import TEXT_ENCODERS, UNET, LearnerState, LoraShape, PolicySnapshot
 from texforce_ray.rl.group import Alone
-from texforce_ray.rl.precision import Agreement, agreement, in_float32
+from texforce_ray.rl.precision import Agreement, agreement, probed_in_float32
 
 _OTHER_SCALE = 2.0**-6
 
@@ -197,7 +197,7 @@ class Trainer(ABC):
         self.microbatch_size = 1  # float32 takes twice the memory of what was planned for
         try:
             found, beside = probe(), "float32"
-            exact = self._exact(probe)
+            exact = probed_in_float32(self.backbone, probe)
             if exact is None:
                 self.scale_factor, beside = _OTHER_SCALE, "another loss scale"
                 exact = probe()
@@ -219,21 +219,6 @@ class Trainer(ABC):
                 f"model.dtype={'bfloat16 or ' * (self.backbone.dtype == torch.float16)}float32"
             )
         return {"learner/gradient_agreement": 1 - lost, "learner/gradient_zeros": zeros}
-
-    def _exact(self, probe: Callable[[], list[Tensor]]) -> list[Tensor] | None:
-        """The probe in float32; None where the device's memory is too small for that.
-
-        The error is gone when this returns, and with it what its frames still held.
-        """
-        try:
-            with in_float32(self.backbone):
-                return probe()
-        except (RuntimeError, MemoryError) as error:  # CUDA's libraries say it in other words
-            if not is_out_of_memory(error):
-                raise
-        if self.backbone.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None
 
     def _own_shards(self) -> int:
         return self.config.learner.gradient_shards // self.group.size
