@@ -77,15 +77,17 @@ def test_a_run_starts_small_grows_and_lets_the_nodes_go(growing: Rays, tmp_path:
     )  # or the nodes might be there before the actors
     job = start(
         growing, tmp_path / "run", str(trace), "0.3",
-        "rollout.num_workers=3", "rollout.min_workers=1", "iterations=6",
+        "rollout.num_workers=3", "rollout.min_workers=1", "iterations=500",
     )  # fmt: skip
     await_true(lambda: len(stand_ins.read_trace(trace)) > 2, job)
     assert len(samplers(trace)) == 1
     go_on()
+    # However long the machine takes to start two nodes and their actors.
+    await_true(lambda: len(samplers(trace)) == 3, job)
+    job.terminate()
     output, _ = job.communicate(timeout=100)
-    assert job.returncode == 0, output
+    assert "stopped after" in output
     assert "asked the cluster's autoscaler for 3 x rollout (1 CPU each)" in output
-    assert len(samplers(trace)) == 3
     assert look(growing)["request"] == []
     await_true(lambda: look(growing)["nodes"] == 1)
 

@@ -103,7 +103,8 @@ def test_exported_files_draw_the_same_images(
 
 def test_the_product_runs_at_its_lower_bounds() -> None:
     """Sampler, learner, export and reload of every family, with the oldest allowed libraries."""
-    tests = ["test_adapter.py", "test_backbones.py", "test_fusion.py", "test_sampler.py"]
+    areas = "adapter", "backbones", "begin", "effect", "fusion", "loading", "precision", "sampler"
+    tests = [f"test_{area}.py" for area in areas]
     ran = subprocess.run(
         [_interpreter("lowest"), "-m", "pytest", "-q", *(f"tests/unit/{t}" for t in tests)],
         capture_output=True, text=True, check=False, cwd=ROOT,

@@ -11,6 +11,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from hypothesis import settings
 
+from tests.miniatures import build
+from tests.unit import references
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.backbone import Backbone, load_backbone
 
@@ -91,3 +93,21 @@ def randomize() -> Callable[..., None]:
 def double(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the package upcasts to float32 is upcast to float64, so that gradients are exact."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Miniatures of SD and SDXL; to be copied before they are changed."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    with torch.random.fork_rng(devices=[]):
+        for name in ("sd15", "sdxl"):
+            build(folder / name, name)
+    return {name: folder / name for name in ("sd15", "sdxl")}
+
+
+@pytest.fixture
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Actors are plain objects, which are given `references.Ref`."""
+    monkeypatch.setattr("ray.get", references.get)
+    # To measure the machine takes longer than all else that they do here.
+    monkeypatch.setattr("texforce_ray.model.flops.matmul_peak", lambda *_: 1.0)

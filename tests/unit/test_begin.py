@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.unit.test_effect import Ref
+from tests.unit.references import Ref
 from texforce_ray.actors.learner import LearnerActor
 from texforce_ray.actors.messages import WorkUnit, unpack_images
 from texforce_ray.actors.rollout import RolloutActor
@@ -21,16 +21,9 @@ from texforce_ray.errors import ConfigError
 from texforce_ray.model.adapter_files import export_adapter, read_adapter
 from texforce_ray.model.snapshot import LoraShape, PolicySnapshot
 
+pytestmark = pytest.mark.usefixtures("no_cluster")
+
 UNIT = WorkUnit(0, 0, ("a green circle", "two red squares"), ({}, {}), np.array([1, 2]), 0)
-
-
-@pytest.fixture(autouse=True)
-def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    def get(ref: Any) -> Any:
-        return [each.value for each in ref] if isinstance(ref, list) else ref.value
-
-    monkeypatch.setattr("ray.get", get)
-    monkeypatch.setattr("texforce_ray.model.flops.matmul_peak", lambda *_: 1.0)
 
 
 def _config(**lora: Any) -> Config:

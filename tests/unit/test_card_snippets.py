@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.miniatures import build
 from texforce_ray.config_io import make_config
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.adapter_files import export_adapter
@@ -25,16 +24,6 @@ _QUICK = (
     "generator=torch.Generator().manual_seed(0)).images[0]"
 )
 DRAWING = {"height": 32, "width": 64, "clip_skip": 1, "negative_prompt": 'two "red" squares'}
-
-
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Directories of miniatures of SD and SDXL."""
-    folder = tmp_path_factory.mktemp("pipelines")
-    with torch.random.fork_rng(devices=[]):
-        for name in ("sd15", "sdxl"):
-            build(folder / name, name)
-    return {name: folder / name for name in ("sd15", "sdxl")}
 
 
 def _drawn(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:

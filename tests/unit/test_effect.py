@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.unit.references import Ref
 from texforce_ray.actors.learner import LearnerActor
 from texforce_ray.actors.messages import Info, WorkUnit
 from texforce_ray.actors.rollout import RolloutActor
@@ -19,24 +20,9 @@ from texforce_ray.errors import EffectError
 from texforce_ray.model.effect import digest
 from texforce_ray.model.snapshot import Effect, PolicySnapshot
 
+pytestmark = pytest.mark.usefixtures("no_cluster")
+
 Randomize = Callable[..., None]
-
-
-class Ref:
-    """Stands for a reference into the object store."""
-
-    def __init__(self, value: Any, name: str) -> None:
-        self.value, self.name = value, name
-
-    def hex(self) -> str:
-        return self.name
-
-
-@pytest.fixture(autouse=True)
-def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray.get", lambda ref: ref.value)
-    # To measure the machine takes longer than all else here.
-    monkeypatch.setattr("texforce_ray.model.flops.matmul_peak", lambda *_: 1.0)
 
 
 def _config(**sections: Any) -> Config:

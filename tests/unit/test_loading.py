@@ -14,7 +14,6 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from tests.miniatures import build
 from tests.single_file import write_single_file
 from texforce_ray.config_io import make_config
 from texforce_ray.diffusion.sampler import Sampler
@@ -25,16 +24,6 @@ from texforce_ray.model.location import locate_model
 
 PROMPTS = ["a green circle", "two red squares"]
 SEEDS = np.array([7, 2**40])
-
-
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Miniatures of SD and SDXL; to be copied before they are changed."""
-    folder = tmp_path_factory.mktemp("pipelines")
-    with torch.random.fork_rng(devices=[]):
-        for name in ("sd15", "sdxl"):
-            build(folder / name, name)
-    return {name: folder / name for name in ("sd15", "sdxl")}
 
 
 @pytest.fixture

@@ -69,7 +69,8 @@ class Backbone:
         """torch.compile the U-Net; every shape it then sees follows from the batch size alone."""
         # With and without gradient, with and without adapter, a few batch sizes: past the limit
         # (8) torch would go on uncompiled without a word.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        # The name that torch has had since 2.6, our lowest, and keeps beside `recompile_limit`.
+        torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
         self.unet.compile(dynamic=False)
         self.compiled = True
 
