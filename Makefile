@@ -18,7 +18,7 @@ setup: .venv/.ready  ## make the environment in .venv
 	@test -d .tools/uv || $(PYTHON) -m pip install --quiet --disable-pip-version-check --target .tools uv==$(UV_VERSION)
 	@test -x $(PY) || $(UV) venv --quiet --python $(PYTHON) .venv
 	@echo "installing packages (a few GB the first time) ..."
-	@$(UV) pip install --quiet --python $(PY) --editable . --group dev
+	@$(UV) pip install --quiet --compile-bytecode --python $(PY) --editable . --group dev
 	@touch $@
 
 demo: setup  ## train on the embedded pipeline, compare base and tuned images (minutes, no GPU)

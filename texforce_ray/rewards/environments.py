@@ -179,7 +179,7 @@ def build(environment: Environment, root: Path, timeout: float, report: Report) 
             requirements = environment.all_requirements()
             _uv(["venv", "--python", sys.executable, str(directory)], deadline, environment, report)
             _uv(
-                ["pip", "install", "--python", str(python), *requirements],
+                ["pip", "install", "--compile-bytecode", "--python", str(python), *requirements],
                 deadline,
                 environment,
                 report,
