@@ -61,8 +61,8 @@ class ModelConfig(_Section):
     )
     unet_adapters: tuple[str, ...] = Field(
         (),
-        description="LoRAs of the U-Net that are merged into it and stay frozen: a PEFT folder, a "
-        "diffusers LoRA file or folder, or an old attn_procs file",
+        description="LoRAs of the U-Net that are merged into it and stay frozen, in any form that "
+        "docs/adapters.md lists",
     )
     single_file_config: str | None = Field(
         None,
