@@ -69,7 +69,7 @@ class Backbone:
         """torch.compile the U-Net; every shape it then sees follows from the batch size alone."""
         # With and without gradient, with and without adapter, a few batch sizes: past the limit
         # (8) torch would go on uncompiled without a word.
-        # The name that torch has had since 2.6, our lowest, and keeps beside `recompile_limit`.
+        # Named so in torch 2.6, our lowest; later versions keep it as an alias of recompile_limit.
         torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
         self.unet.compile(dynamic=False)
         self.compiled = True
