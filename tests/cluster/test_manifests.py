@@ -192,6 +192,20 @@ def test_the_image_holds_what_it_copies_and_nothing_else_is_sent():
         assert f"!{source.split('/')[0]}" in sent, f".dockerignore keeps {source} out"
 
 
+def test_the_step_that_makes_environments_has_all_that_it_imports(tmp_path):
+    before = dockerfile().partition("python -m texforce_ray.rewards.environments")[0]
+    copies = re.findall(r"^COPY (texforce_ray/.+)$", before, re.M)
+    assert copies
+    for line in copies:
+        *sources, target = line.split()
+        (tmp_path / target).mkdir(parents=True, exist_ok=True)
+        for source in sources:
+            shutil.copy(ROOT / source, tmp_path / target)
+    command = [sys.executable, "-m", "texforce_ray.rewards.environments", "--help"]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+
+
 def test_the_image_is_pinned_and_runs_as_nobody_in_particular():
     text = dockerfile()
     assert re.search(r"^FROM python:3\.\d+-slim-\w+$", text, re.M)
