@@ -16,7 +16,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from texforce_ray.shapes.pretrain import vocabulary
+from texforce_ray.shapes.captions import vocabulary
 from texforce_ray.shapes.tokenizer import build_tokenizer
 
 

@@ -21,7 +21,7 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from texforce_ray.rewards.clip import ClipScore
-from texforce_ray.shapes.pretrain import vocabulary
+from texforce_ray.shapes.captions import vocabulary
 from texforce_ray.shapes.tokenizer import build_tokenizer
 
 RESULTS = Path(__file__).parent / "results"

@@ -26,6 +26,7 @@ from texforce_ray.actors.messages import ImagePayload, Info, WorkUnit, pack_imag
 from texforce_ray.config import Config
 from texforce_ray.diffusion.trajectory import Trajectory
 from texforce_ray.model.snapshot import LearnerState, LoraShape, PolicySnapshot, Tensors
+from texforce_ray.records.looks import Looks
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -239,15 +240,20 @@ class StandInRollout(_StandIn):
         return Info(seconds, trajectory_bytes=trajectory.nbytes), trajectory, images
 
     def generate(
-        self, prompts: Sequence[str], seeds: np.ndarray, policy: Sequence[ObjectRef]
+        self,
+        prompts: Sequence[str],
+        seeds: np.ndarray,
+        policy: Sequence[ObjectRef],
+        guidance_scale: float,
     ) -> tuple[Info, ImagePayload]:
+        del guidance_scale
         began = time.perf_counter()
         self._load(policy)
         d = self.config.diffusion
         live, _ = draw(self._weights, prompts, seeds, d.steps, d.storage_dtype)
         images = self._images(live)
         _rest(began, self.settings.sample_seconds)
-        return Info(time.perf_counter() - began, images[:, :16, :16]), pack_images(images)
+        return Info(time.perf_counter() - began, Looks.of(images)), pack_images(images)
 
     def export(self, policy: Sequence[ObjectRef]) -> dict[str, bytes]:
         import ray

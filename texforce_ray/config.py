@@ -488,10 +488,27 @@ class EvalConfig(_Section):
     prompts: PromptSource | None = Field(
         None, description="prompts to evaluate on; default: the training prompts, other seeds"
     )
+    unseen: PromptSource | None = Field(
+        None, description="prompts that are never trained on: the end compares on these too"
+    )
     images: int = Field(64, ge=1, description="images of one evaluation in the run")
     final_images: int = Field(
         0, ge=0, description="images of base against tuned at the end; 0: skip it"
     )
+    guidance_scale: float | None = Field(
+        None, ge=0, description="guidance of evaluations; null: diffusion.guidance_scale"
+    )
+    eta: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="eta of evaluations; 0: as stock pipelines draw; null: diffusion.eta",
+    )
+    guidance_curve: list[Annotated[float, Field(ge=0)]] = Field(
+        default_factory=list,
+        description="the end compares at each of these guidance scales too, e.g. [1, 2, 3, 5]",
+    )
+    curve_images: int = Field(64, ge=1, description="images of each point of that curve")
     grid: int = Field(16, ge=1, description="images in the grid, the same prompts and seeds always")
     seed: int = Field(1_000_003, ge=0, description="seed of the evaluation's noise")
 
@@ -647,6 +664,15 @@ class Config(_Section):
         return self.samples_per_iteration // self.ppo.num_minibatches
 
     @property
+    def evaluation_guidance(self) -> float:
+        given = self.eval.guidance_scale
+        return self.diffusion.guidance_scale if given is None else given
+
+    @property
+    def evaluation_eta(self) -> float:
+        return self.diffusion.eta if self.eval.eta is None else self.eval.eta
+
+    @property
     def total_updates(self) -> int:
         return self.iterations * self.ppo.epochs * self.ppo.num_minibatches
 
@@ -761,7 +787,7 @@ class Config(_Section):
         if twice := {key for key in keys if keys.count(key) > 1}:
             raise ValueError(f"rewards: {sorted(twice)} named twice; give each its own 'label'")
         # In metrics these names are taken, by the sum of all rewards and by what images look like.
-        taken = {"total", "diversity", "drift"}
+        taken = {"total", "diversity", "drift", "style_drift"}
         taken |= {f"base_{key}" for key in ("total", *keys)}
         if wrong := [key for key in keys if key in taken]:
             raise ValueError(

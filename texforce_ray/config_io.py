@@ -148,10 +148,11 @@ def _did_you_mean(key: str) -> str:
     parts = key.split(".")
     plain = ".".join(part for part in parts if not part.isdigit())
     known = [".".join(path) for path in field_paths(Config)]
-    close = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
+    # A field without its section: of those of its name, the first.
+    close = [k for k in known if len(parts) == 1 and k.rpartition(".")[2] == plain][:1]
+    close = close or difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
     if not close:
-        last = parts[-1]
-        close = [k for k in known if k.rpartition(".")[2] == last][:1]
+        close = [k for k in known if k.rpartition(".")[2] == parts[-1]][:1]
     if not close:
         return "; see --help-config for all keys"
     meant = close[0].split(".")

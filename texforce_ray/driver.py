@@ -38,7 +38,7 @@ from texforce_ray.collect import (
 from texforce_ray.config import Config
 from texforce_ray.config_io import resolve_run_dir
 from texforce_ray.errors import CheckpointError, Interrupted, TexForceError
-from texforce_ray.evaluation import compare, evaluate
+from texforce_ray.evaluation import Comparison, compare, compare_over_guidance, evaluate
 from texforce_ray.model.location import find_adapter, locate_model
 from texforce_ray.monitor import Monitor
 from texforce_ray.policy import Policy
@@ -66,7 +66,8 @@ log = logging.getLogger(__name__)
 class RunResult:
     """Where the results of a finished run are, and the final comparison if there was one.
 
-    comparison: for each reward and 'total': base, tuned, difference, low, high, images.
+    comparison: for each reward and 'total': base, tuned, difference, low, high, images; unseen:
+    the same on `eval.unseen`; guidance: the total at each of `eval.guidance_curve`.
     """
 
     run_dir: Path
@@ -74,6 +75,20 @@ class RunResult:
     iterations: int
     seconds: float
     comparison: dict[str, dict[str, float]]
+    unseen: dict[str, dict[str, float]]
+    guidance: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    """What is trained on, what is evaluated on, and what the end compares on besides."""
+
+    train: list[Prompt]
+    evaluation: list[Prompt]
+    unseen: list[Prompt]
+
+    def all(self) -> list[Prompt]:
+        return [*self.train, *self.evaluation, *self.unseen]
 
 
 @dataclass(frozen=True)
@@ -81,8 +96,7 @@ class _Run:
     """What every part of a run needs."""
 
     config: Config
-    prompts: list[Prompt]
-    eval_prompts: list[Prompt]
+    prompts: PromptSets
     crew: Crew
     recorder: Recorder
     progress: Progress
@@ -100,12 +114,11 @@ def train(config: Config, *, resume: bool = False, roles: Roles = Roles()) -> Ru
         TexForceError: anything that a user can act on; `Interrupted` after SIGINT or SIGTERM.
     """
     config = resolve_run_dir(config)
-    prompts, eval_prompts = check_inputs(config, new=not resume)
-    prompts_digest = digest([*prompts, *eval_prompts])
-    changes = check_resumable(config, prompts_digest) if resume else None
+    prompts = check_inputs(config, new=not resume)
+    changes = check_resumable(config, digest(prompts.all())) if resume else None
     if resume:
         check_exclusive(Path(config.run_dir))
-    job = _train(config, prompts, eval_prompts, prompts_digest, changes, roles)
+    job = _train(config, prompts, changes, roles)
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -134,8 +147,8 @@ def _run_beside(job: Coroutine[Any, Any, RunResult]) -> RunResult:
             return result.result()
 
 
-def check_inputs(config: Config, *, new: bool = True) -> tuple[list[Prompt], list[Prompt]]:
-    """Training and evaluation prompts; fails before anything is started if an input is wrong.
+def check_inputs(config: Config, *, new: bool = True) -> PromptSets:
+    """All prompts; fails before anything is started if an input is wrong.
 
     `new`: a run that begins; one that is resumed no longer needs the adapter that it began with.
     """
@@ -150,8 +163,12 @@ def check_inputs(config: Config, *, new: bool = True) -> tuple[list[Prompt], lis
         chosen(reward)
         if config.direct is not None and reward.weight:
             check_differentiable(reward.name)
-    prompts = load_prompts(config.prompts.train)
-    return prompts, load_prompts(config.eval.prompts) if config.eval.prompts else prompts
+    train = load_prompts(config.prompts.train)
+    return PromptSets(
+        train=train,
+        evaluation=load_prompts(config.eval.prompts) if config.eval.prompts else train,
+        unseen=load_prompts(config.eval.unseen) if config.eval.unseen else [],
+    )
 
 
 async def _iterate(run: _Run, policy: Policy, baseline: Baseline) -> None:
@@ -164,7 +181,7 @@ async def _iterate(run: _Run, policy: Policy, baseline: Baseline) -> None:
         furthest = min(policy.version + config.max_staleness, config.iterations - 1)
         for ahead in range(policy.version, furthest + 1):
             if ahead not in under_way:
-                units = plan_units(config, run.prompts, ahead)
+                units = plan_units(config, run.prompts.train, ahead)
                 version = units[0].policy_version
                 job = collect(crew, units, policy.snapshots[version], policy.effects.get(version))
                 under_way[ahead] = asyncio.ensure_future(job)
@@ -202,7 +219,8 @@ async def _iterate(run: _Run, policy: Policy, baseline: Baseline) -> None:
 
 async def _evaluate(run: _Run, policy: Policy) -> None:
     """Scores and a grid of the evaluation's prompts and seeds, the same ones every time."""
-    result = await evaluate(run.crew, run.eval_prompts, run.config.eval.images, policy.evaluated)
+    count = run.config.eval.images
+    result = await evaluate(run.crew, run.prompts.evaluation, count, policy.evaluated)
     run.recorder.evaluation(policy.version, result)
 
 
@@ -212,16 +230,27 @@ async def _evaluate_again(run: _Run, policy: Policy) -> None:
     await _evaluate(run, policy)
 
 
-async def _finish(run: _Run, policy: Policy) -> dict[str, dict[str, float]]:
+async def _finish(run: _Run, policy: Policy) -> Comparison:
     """Final adapter, comparison of base and tuned, report."""
-    config, crew = run.config, run.crew
-    results, comparison = None, {}
+    config, crew, prompts = run.config, run.crew, run.prompts
+    results, comparison = None, Comparison({}, {}, [])
     if count := config.eval.final_images:
         run.progress.message(f"comparing base and tuned on {count} images each ...")
-        base = await evaluate(crew, run.eval_prompts, count, [])
-        tuned = await evaluate(crew, run.eval_prompts, count, policy.evaluated)
-        comparison = compare([reward.key for reward in config.rewards], base, tuned)
-        results = base, tuned
+        names = [reward.key for reward in config.rewards]
+        seen, *more = [
+            [await evaluate(crew, chosen, count, which) for which in ([], policy.evaluated)]
+            for chosen in (prompts.evaluation, prompts.unseen)
+            if chosen
+        ]
+        sets = {"seen": prompts.evaluation, "unseen": prompts.unseen}
+        comparison = Comparison(
+            rewards=compare(names, *seen),
+            unseen=compare(names, *more[0]) if more else {},
+            guidance=await compare_over_guidance(
+                crew, {name: chosen for name, chosen in sets.items() if chosen}, policy.evaluated
+            ),
+        )
+        results = seen[0], seen[1]
     (snapshot,) = await crew.fetch(policy.evaluated)
     files = await crew.export(policy.evaluated)
     run.recorder.finish(files, snapshot.shapes, comparison, results)
@@ -230,9 +259,7 @@ async def _finish(run: _Run, policy: Policy) -> dict[str, dict[str, float]]:
 
 async def _train(
     config: Config,
-    prompts: list[Prompt],
-    eval_prompts: list[Prompt],
-    prompts_digest: str,
+    prompts: PromptSets,
     changes: dict[str, tuple[Any, Any]] | None,
     roles: Roles,
 ) -> RunResult:
@@ -250,7 +277,7 @@ async def _train(
         if resume:
             directory = RunDirectory.reopen(config, start, changes)
         else:
-            directory = RunDirectory.create(config, prompts_digest)
+            directory = RunDirectory.create(config, digest(prompts.all()))
         cleanup.enter_context(directory)
         _reach(config, cleanup)
         cleanup.enter_context(cancel_on_signal())
@@ -267,7 +294,7 @@ async def _train(
             cleanup.callback(crew.close)
             monitor.crew = crew
             cleanup.callback(_watch(crew, config.ray.watchdog_s, progress).cancel)
-            run = _Run(config, prompts, eval_prompts, crew, recorder, progress)
+            run = _Run(config, prompts, crew, recorder, progress)
             policy = await _start(run, checkpoint)
             autoscaler.give_back()  # the actors hold their nodes now
             await recorder.catch_up(policy, baseline, partial(_evaluate_again, run, policy))
@@ -292,7 +319,10 @@ async def _train(
             ) from None
         seconds = time.monotonic() - began
         adapter = directory.path / "adapter"
-        return RunResult(directory.path, adapter, policy.version, seconds, comparison)
+        return RunResult(
+            directory.path, adapter, policy.version, seconds,
+            comparison.rewards, comparison.unseen, comparison.guidance,
+        )  # fmt: skip
 
 
 def _watch(crew: Crew, patience: float, progress: Progress) -> asyncio.Task[None]:
@@ -340,15 +370,13 @@ async def _start(run: _Run, checkpoint: Checkpoint | None) -> Policy:
     run.progress.message(f"run directory: {run.config.run_dir}")
     run.progress.message("starting actors (their imports take a moment) ...")
     await run.crew.ready()
-    run.recorder.truncated, warning = await count_truncated(
-        run.crew, [*run.prompts, *run.eval_prompts]
-    )
+    run.recorder.truncated, warning = await count_truncated(run.crew, run.prompts.all())
     if warning:
         run.progress.message(warning)
     policy = await Policy.start(run.crew, run.config, checkpoint)
     if run.config.eval.every:
         # Drawn again by a resumed run: what follows is compared with it, image by image.
-        base = await evaluate(run.crew, run.eval_prompts, run.config.eval.images, [])
+        base = await evaluate(run.crew, run.prompts.evaluation, run.config.eval.images, [])
         run.recorder.base_evaluation(base, new=policy.version == 0)
         run.progress.message(f"base model: evaluation reward {run.recorder.evaluated:.3f}")
     return policy

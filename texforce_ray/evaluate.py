@@ -130,12 +130,18 @@ def _load(options: argparse.Namespace, plain: dict[str, Any]) -> Config:
     from texforce_ray.config_io import load_config
     from texforce_ray.trust import check_trusted
 
+    overrides = options.overrides
+    given = {override.partition("=")[0] for override in overrides}
+    for name in ("guidance_scale", "eta"):
+        if f"diffusion.{name}" in given and f"eval.{name}" not in given:
+            # Nothing is trained here: what is asked for is how the images are drawn.
+            overrides = [*overrides, f"eval.{name}=null"]
     if options.config is not None or options.run is None:
-        return load_config(options.config, options.overrides, plain=plain)
+        return load_config(options.config, overrides, plain=plain)
     file = options.run / "config.yaml"
-    config = load_config(file, options.overrides, plain=plain, stored=True)
+    config = load_config(file, overrides, plain=plain, stored=True)
     if not options.trust:
-        check_trusted(config, options.overrides, str(file))
+        check_trusted(config, overrides, str(file))
     return config
 
 
@@ -181,7 +187,7 @@ async def _evaluate(
     from texforce_ray.evaluation import evaluate
     from texforce_ray.records.files import check_writable
 
-    prompts = {label: check_inputs(config)[1] for label, config in configs.items()}
+    prompts = {label: check_inputs(config).evaluation for label, config in configs.items()}
     config = next(iter(configs.values()))  # they differ in the prompts alone
     check_writable(options.out)
     started = connect(config)
@@ -246,7 +252,11 @@ def _write(config: Config, results: dict[str, Evaluation], out: Path) -> dict[st
         label: compare(names, base, result) for label, result in results.items() if label != "base"
     }
     looks = {
-        label: {"diversity": result.diversity(), "drift": result.drift(base)}
+        label: {
+            "diversity": result.looks.diversity(base.prompts),
+            "drift": result.looks.drift(base.looks),
+            "style_drift": result.looks.style_drift(base.looks),
+        }
         for label, result in results.items()
     }
     summary = {
@@ -307,7 +317,10 @@ def _print_policy(label: str, summary: dict[str, Any]) -> None:
             )
         print(line)
     look = summary["looks"][label]
-    print(f"  {label:<12} diversity {look['diversity']:.4f}, drift {look['drift']:.4f}")
+    print(
+        f"  {label:<12} diversity {look['diversity']:.4f}, drift {look['drift']:.4f}, "
+        f"style drift {look['style_drift']:.4f}"
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from texforce_ray.actors.pool import gather
 from texforce_ray.collect import check_masked, score
 from texforce_ray.prompts import Prompt, prompts_of_iteration
 from texforce_ray.records.intervals import bootstrap_interval
+from texforce_ray.records.looks import Looks
 from texforce_ray.rl.advantage import Component, combine
 
 if TYPE_CHECKING:
@@ -20,15 +21,13 @@ if TYPE_CHECKING:
 
     from texforce_ray.actors.crew import Crew
 
-_PAIRED = 32  # images of a prompt whose pairs are compared
-
 
 @dataclass(frozen=True)
 class Evaluation:
     """N images of one policy.
 
     rewards: float64 [N, R], raw; total: float64 [N], weighted sum without normalisation, NaN where
-    a component is; shown: uint8 [G, H, W, 3], the first images; thumbnails: uint8 [N, h, w, 3].
+    a component is; shown: uint8 [G, H, W, 3], the first images; looks: of all.
     """
 
     prompts: tuple[str, ...]
@@ -36,32 +35,12 @@ class Evaluation:
     rewards: np.ndarray
     total: np.ndarray
     shown: np.ndarray
-    thumbnails: np.ndarray
+    looks: Looks
 
     def means(self, names: Sequence[str]) -> dict[str, float]:
         """Mean of each reward and of the total, over what could be scored."""
         columns = dict(zip(names, self.rewards.T, strict=True)) | {"total": self.total}
         return {name: _mean(values) for name, values in columns.items()}
-
-    def diversity(self) -> float:
-        """Mean distance of two images of one prompt, 0 to 1; it falls when a policy collapses.
-
-        Root mean square over a thumbnail's pixels. NaN if no prompt has two images.
-        """
-        found = []
-        for prompt in dict.fromkeys(self.prompts):
-            rows = [i for i, other in enumerate(self.prompts) if other == prompt][:_PAIRED]
-            pixels = self.thumbnails[rows].reshape(len(rows), -1) / 255
-            first, second = np.triu_indices(len(rows), 1)
-            if len(first):
-                distance = np.sqrt(((pixels[first] - pixels[second]) ** 2).mean(axis=1))
-                found.append(distance.mean())
-        return float(np.mean(found)) if found else float("nan")
-
-    def drift(self, base: Evaluation) -> float:
-        """Mean distance of each image from the base model's at the same seed, 0 to 1."""
-        difference = (self.thumbnails - base.thumbnails.astype(np.float64)) / 255
-        return float(np.sqrt((difference**2).mean(axis=(1, 2, 3))).mean())
 
 
 def _mean(values: np.ndarray) -> float:
@@ -75,6 +54,7 @@ async def evaluate(
     count: int,
     policy: Sequence[ObjectRef],
     keep: int | None = None,
+    guidance_scale: float | None = None,
 ) -> Evaluation:
     """Draw and score `count` images: the same prompts and seeds for every policy.
 
@@ -84,6 +64,7 @@ async def evaluate(
         count: images.
         policy: one snapshot ref; empty for the base model.
         keep: images to keep at full size; default: `eval.grid`.
+        guidance_scale: default: `eval.guidance_scale`, or else that of training.
 
     Raises:
         RewardError: too many images could not be scored.
@@ -93,19 +74,21 @@ async def evaluate(
     seeds = randomness.noise_seeds(config.eval.seed, 0, count, randomness.EVALUATION)
     size = config.rollout.batch_size
     shown = min(keep or config.eval.grid, count)
+    guidance = config.evaluation_guidance if guidance_scale is None else guidance_scale
 
     async def part(
         first: int,
-    ) -> tuple[np.ndarray, dict[str, str], np.ndarray | None, np.ndarray]:
+    ) -> tuple[np.ndarray, dict[str, str], np.ndarray | None, Looks]:
         batch = chosen[first : first + size]
         texts = [p.text for p in batch]
 
-        async def attempt() -> tuple[np.ndarray, dict[str, str], np.ndarray | None, np.ndarray]:
-            info, images = await crew.generate(texts, seeds[first : first + size], policy)
+        async def attempt() -> tuple[np.ndarray, dict[str, str], np.ndarray | None, Looks]:
+            chunk = seeds[first : first + size]
+            info, images = await crew.generate(texts, chunk, policy, guidance)
             rewards, errors, _ = await score(crew, images, texts, [p.metadata for p in batch])
-            assert info.thumbnails is not None
+            assert info.looks is not None
             visible = await crew.images(images) if first < shown else None
-            return rewards, errors, visible, info.thumbnails
+            return rewards, errors, visible, info.looks
 
         async with crew.unscored:
             return await crew.redo_if_lost(attempt)
@@ -124,7 +107,7 @@ async def evaluate(
         rewards=rewards,
         total=np.where(mask, total, np.nan),
         shown=np.concatenate([seen for _, _, seen, _ in parts if seen is not None])[:shown],
-        thumbnails=np.concatenate([small for *_, small in parts]),
+        looks=Looks.joined([looks for *_, looks in parts]),
     )
 
 
@@ -155,6 +138,38 @@ def paired_difference(
         "win_rate": float(((difference > 0) + 0.5 * (difference == 0)).mean()),
         "images": len(difference),
     }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Base against tuned.
+
+    rewards: a `paired_difference` for each reward and 'total'; unseen: the same on `eval.unseen`;
+    guidance: that of the total at each of `eval.guidance_curve`, with its prompts' name.
+    """
+
+    rewards: dict[str, dict[str, float]]
+    unseen: dict[str, dict[str, float]]
+    guidance: list[dict[str, Any]]
+
+
+async def compare_over_guidance(
+    crew: Crew, prompts: Mapping[str, list[Prompt]], policy: Sequence[ObjectRef]
+) -> list[dict[str, Any]]:
+    """Base and tuned at every guidance of `eval.guidance_curve`, on each of the prompt sets.
+
+    Returns:
+        For each: prompts, guidance_scale, and the `paired_difference` of the total.
+    """
+    points: list[dict[str, Any]] = []
+    count = crew.config.eval.curve_images
+    for name, chosen in prompts.items():
+        for scale in crew.config.eval.guidance_curve:
+            base = await evaluate(crew, chosen, count, [], 1, scale)
+            tuned = await evaluate(crew, chosen, count, policy, 1, scale)
+            difference = paired_difference(base.total, tuned.total, base.prompts)
+            points.append({"prompts": name, "guidance_scale": scale} | difference)
+    return points
 
 
 def compare(

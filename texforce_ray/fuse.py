@@ -175,7 +175,7 @@ def _sweep(
     from texforce_ray.records.images import grid, save_png
 
     backbone = load_backbone(options.model or base)
-    sampler = Sampler(backbone, steps=options.steps, eta=1.0, guidance_scale=options.guidance)
+    sampler = Sampler(backbone, steps=options.steps, eta=0.0, guidance_scale=options.guidance)
     factors = np.linspace(0.0, 1.0, options.sweep)
     images: list[np.ndarray] = []
     titles: list[str] = []

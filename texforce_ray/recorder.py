@@ -8,6 +8,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from texforce_ray.actors.crew import Crew
 from texforce_ray.collect import ScoredBatch, TrainingBatch
 from texforce_ray.config import Config
-from texforce_ray.evaluation import Evaluation
+from texforce_ray.evaluation import Comparison, Evaluation
 from texforce_ray.model.snapshot import LoraShape
 from texforce_ray.policy import Policy
 from texforce_ray.profiling import write_profile
@@ -102,9 +103,10 @@ class Recorder:
         means = result.means(self.names)
         self.evaluated = self._best = means["total"]
         self._evaluation = {f"eval/{name}": value for name, value in means.items()}
-        self._evaluation["eval/diversity"] = result.diversity()
+        self._evaluation["eval/diversity"] = result.looks.diversity(result.prompts)
         if self._base is not None:
-            self._evaluation["eval/drift"] = result.drift(self._base)
+            self._evaluation["eval/drift"] = result.looks.drift(self._base.looks)
+            self._evaluation["eval/style_drift"] = result.looks.style_drift(self._base.looks)
             base = self._base.means(self.names)
             self._evaluation |= {f"eval/base_{name}": value for name, value in base.items()}
         self._grid(version, result)
@@ -240,11 +242,11 @@ class Recorder:
         self,
         adapter: Mapping[str, bytes],
         shapes: Mapping[str, LoraShape],
-        comparison: Mapping[str, Mapping[str, float]],
+        comparison: Comparison,
         results: tuple[Evaluation, Evaluation] | None,
     ) -> None:
         """Final adapter with its card, the comparison of base and tuned, and the report."""
-        scores = {name: dict(values) for name, values in comparison.items()}
+        scores = comparison.rewards
         self.directory.write_adapter(
             adapter,
             card_info(self.config, shapes, scores, tuple(adapter)),
@@ -260,7 +262,7 @@ class Recorder:
             shown = len(base.shown)
             write_evaluation(
                 self.directory.path / "evaluation",
-                {"rewards": scores},
+                asdict(comparison),
                 columns,
                 [("base", base.shown), ("tuned", tuned.shown)],
                 base.prompts[:shown],

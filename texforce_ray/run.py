@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,12 +176,12 @@ def _dry_run(config: Config) -> None:
     from texforce_ray.plan import explain
 
     config = resolve_run_dir(config)
-    prompts, eval_prompts = check_inputs(config)
+    prompts = check_inputs(config)
     print(to_yaml(config))
     print("plan:")
     print(
         f"  {config.iterations} iterations x {config.prompts.per_iteration} prompts (of "
-        f"{len(prompts)}) x {config.prompts.samples_per_prompt} samples = "
+        f"{len(prompts.train)}) x {config.prompts.samples_per_prompt} samples = "
         f"{config.iterations * config.samples_per_iteration} samples"
     )
     print(
@@ -188,7 +189,7 @@ def _dry_run(config: Config) -> None:
         f"{config.ppo.epochs * config.ppo.num_minibatches} updates of {config.minibatch_size} "
         f"samples x {config.trained_timesteps} timesteps"
     )
-    print(f"  evaluation on {len(eval_prompts)} prompts; staleness {config.max_staleness}")
+    print(f"  evaluation on {len(prompts.evaluation)} prompts; staleness {config.max_staleness}")
     for line in explain(config):
         print(f"  {line}")
     print(f"  results go to {config.run_dir}")
@@ -217,15 +218,30 @@ def _print_result(result: RunResult) -> None:
         if (result.run_dir / name).exists():
             print(f"  {name:<26} {what}")
     if total:
+        print(f"reward {_change(total)}, {total['images']} images each, same prompts and seeds")
+    if unseen := result.unseen.get("total"):
+        print(f"unseen prompts {_change(unseen)}")
+    for which in dict.fromkeys(point["prompts"] for point in result.guidance):
+        row = [p for p in result.guidance if p["prompts"] == which]
+        cells = [f"{p['guidance_scale']:g}: {p['base']:.3f} -> {p['tuned']:.3f}" for p in row]
         print(
-            f"reward {total['base']:.3f} -> {total['tuned']:.3f}: {total['difference']:+.3f}, "
-            f"95 % interval [{total['low']:+.3f}, {total['high']:+.3f}], {total['images']} images "
-            "each, same prompts and seeds"
+            f"over guidance, {which} prompts: {', '.join(cells)} ({row[0]['images']} images each)"
         )
     keys = ("base", "tuned", "difference", "low", "high", "images")
     summary: dict[str, object] = {key: _rounded(total.get(key)) for key in keys}
+    if unseen:
+        summary["unseen"] = {key: _rounded(unseen.get(key)) for key in keys}
+    if result.guidance:
+        summary["guidance"] = result.guidance
     summary |= {"seconds": round(result.seconds, 1), "run_dir": str(result.run_dir)}
     print(to_json(summary))
+
+
+def _change(of: Mapping[str, float]) -> str:
+    return (
+        f"{of['base']:.3f} -> {of['tuned']:.3f}: {of['difference']:+.3f}, 95 % interval "
+        f"[{of['low']:+.3f}, {of['high']:+.3f}]"
+    )
 
 
 def _rounded(value: float | None) -> float | None:

@@ -16,6 +16,7 @@ from texforce_ray.config_io import load_config
 from texforce_ray.evaluation import Evaluation
 from texforce_ray.recorder import Recorder
 from texforce_ray.records.checkpoint import read_best, save_checkpoint
+from texforce_ray.records.looks import Looks
 from texforce_ray.records.metrics import read_metrics
 from texforce_ray.records.run_directory import RunDirectory
 from texforce_ray.rl.baseline import Baseline
@@ -27,7 +28,7 @@ def _evaluation(total: float) -> Evaluation:
     images = np.full((2, 64, 64, 3), 200, dtype=np.uint8)
     return Evaluation(
         ("a", "a"), np.arange(2), np.full((2, 1), total), np.full(2, total), images,
-        images[:, ::4, ::4],
+        Looks.of(images),
     )  # fmt: skip
 
 

@@ -100,7 +100,8 @@ def resume(directory: Path, *overrides: str) -> Finished:
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """k = 0, one rollout actor."""
-    return run(tmp_path_factory.mktemp("plain") / "run")
+    end = ("eval.unseen={set: shapes-phrases-unseen}", "eval.guidance_curve=[1, 3]")
+    return run(tmp_path_factory.mktemp("plain") / "run", *end, "eval.curve_images=2")
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,19 @@ def test_the_last_line_is_one_json_object(plain: Finished) -> None:
     assert summary["low"] <= summary["difference"] <= summary["high"]
 
 
+def test_the_end_compares_on_unseen_prompts_and_over_guidance(plain: Finished) -> None:
+    summary = plain.summary
+    assert summary["unseen"].keys() >= {"base", "tuned", "low", "high"}
+    points = [(p["prompts"], p["guidance_scale"]) for p in summary["guidance"]]
+    assert points == [("seen", 1), ("seen", 3), ("unseen", 1), ("unseen", 3)]
+    assert "over guidance, unseen prompts: 1: " in plain.output
+    report = (plain.directory / "report.html").read_text()
+    assert "Reward over guidance, unseen prompts" in report
+    # Another guidance draws other images; the run's own, 2, is what the first line is about.
+    bases = [p["base"] for p in summary["guidance"][:2]]
+    assert len({*bases, summary["base"]}) == 3
+
+
 @pytest.mark.parametrize("which", ["plain", "pipelined"])
 def test_learner_and_sampler_agree_in_every_iteration(
     which: str, request: pytest.FixtureRequest

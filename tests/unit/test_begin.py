@@ -60,9 +60,11 @@ def test_the_first_images_are_those_of_the_adapter(adapter: Path) -> None:
     assert state is not None
     assert state.version == 0
     _, trajectory, images = rollout.sample(UNIT, [_ref(snapshot, "first")])
-    _, expected = RolloutActor(_config()).generate(UNIT.prompts, UNIT.seeds, [_ref(begin, "A")])
+    _, expected = RolloutActor(_config()).generate(
+        UNIT.prompts, UNIT.seeds, [_ref(begin, "A")], 2.0
+    )
     np.testing.assert_array_equal(unpack_images(images), unpack_images(expected))
-    _, base = rollout.generate(UNIT.prompts, UNIT.seeds, [])
+    _, base = rollout.generate(UNIT.prompts, UNIT.seeds, [], 2.0)
     assert (unpack_images(images) != unpack_images(base)).any()
     # What is averaged for evaluation starts there as well.
     for key, value in snapshot.adapters["text_encoder"].items():

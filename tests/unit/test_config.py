@@ -323,9 +323,10 @@ def test_every_preset_passes_the_checks_of_a_dry_run(
         (tmp_path / name).write_text("a cat\na dog\n")
     monkeypatch.setenv("TEXFORCE_PROMPTS", str(tmp_path))
     config = load_config(preset, [])
-    prompts, eval_prompts = check_inputs(config)
-    assert prompts
-    assert eval_prompts
+    prompts = check_inputs(config)
+    assert prompts.train
+    assert prompts.evaluation
+    assert bool(prompts.unseen) == (config.eval.unseen is not None)
     assert (
         config.placement_free() == load_config(preset, ["rollout.num_workers=8"]).placement_free()
     )

@@ -138,7 +138,7 @@ def test_each_part_is_looked_at_by_itself(randomize: Randomize) -> None:
 def test_the_base_model_has_no_effect_and_a_fresh_adapter_none_either() -> None:
     config = _config()
     actor = RolloutActor(config)
-    actor.generate(["a green circle"], np.array([1]), [])
+    actor.generate(["a green circle"], np.array([1]), [], 2.0)
     assert actor._effect == Effect(0, 0.0)
     metrics, _, snapshot, _ = LearnerActor(config)._published({})
     assert metrics["effect"].change == 0

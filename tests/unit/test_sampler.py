@@ -49,6 +49,19 @@ def test_images_are_the_stock_pipelines(
     assert np.abs(ours[0].astype(int) - ours[1].astype(int)).max() > 10
 
 
+def test_evaluation_images_without_noise_are_the_stock_pipelines_own(
+    backbone: Backbone, stock_pipeline: Callable, stock_images: Callable[..., np.ndarray]
+) -> None:
+    """eta = 0 is what a pipeline uses when nobody says otherwise."""
+    training = _sampler(backbone, guidance=1.0)
+    _, ours = training.drawing(guidance_scale=3.0, eta=0.0).sample(PROMPTS, SEEDS, 0)
+    stock = stock_images(stock_pipeline(), PROMPTS, SEEDS, steps=4, eta=0.0, guidance_scale=3.0)
+    assert np.abs(ours.astype(int) - stock.astype(int)).max() <= 1
+    # The sampler that trains is what it was.
+    _, before = _sampler(backbone, guidance=1.0).sample(PROMPTS, SEEDS, 0)
+    np.testing.assert_array_equal(training.sample(PROMPTS, SEEDS, 0)[1], before)
+
+
 def test_stored_trajectory_has_the_documented_shapes(backbone: Backbone) -> None:
     trajectory, images = _sampler(backbone).sample(PROMPTS, SEEDS, policy_version=7)
     assert trajectory.latents.shape == (5, 5, 4, 8, 8)

@@ -180,13 +180,13 @@ class Crew:
         return info, trajectory, images
 
     async def generate(
-        self, prompts: Sequence[str], seeds: np.ndarray, policy: Refs
+        self, prompts: Sequence[str], seeds: np.ndarray, policy: Refs, guidance_scale: float
     ) -> tuple[Info, ray.ObjectRef]:
         """Images alone; those of the base model without a policy."""
         info, (images,) = await self.rollouts.run(
             "generating evaluation images",
             lambda actor: actor.generate.options(num_returns=2).remote(
-                list(prompts), seeds, list(policy)
+                list(prompts), seeds, list(policy), guidance_scale
             ),
             self.config.rollout.timeout_s,
         )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from texforce_ray.model.snapshot import Effect
+
+if TYPE_CHECKING:
+    from texforce_ray.records.looks import Looks
 
 # Bytes and shape rather than an array: a numpy 2 array does not unpickle under numpy 1.
 ImagePayload = tuple[bytes, tuple[int, int, int, int]]
@@ -36,7 +39,7 @@ class Info(NamedTuple):
     """Small facts about a finished task, the only part that the driver fetches."""
 
     seconds: float
-    thumbnails: np.ndarray | None = None  # uint8 [B, 16, 16, 3], of evaluation images
+    looks: Looks | None = None  # of evaluation images
     flops: float = 0.0  # of the model, for these samples
     peak_flops: float = 0.0  # in a second, measured on the actor's device
     trajectory_bytes: int = 0

@@ -11,20 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from texforce_ray.actors.messages import ImagePayload, Info, WorkUnit, pack_images, whereabouts
 from texforce_ray.actors.torch_trace import TorchTrace
 from texforce_ray.config import Config
 from texforce_ray.model.snapshot import PolicySnapshot
+from texforce_ray.records.looks import Looks
 
 if TYPE_CHECKING:
     from ray import ObjectRef
 
     from texforce_ray.diffusion.trajectory import Trajectory
-
-
-THUMBNAIL = (16, 16)
 
 
 def quiet_libraries() -> None:
@@ -101,14 +98,18 @@ class RolloutActor:
         return info, trajectory, pack_images(images)
 
     def generate(
-        self, prompts: Sequence[str], seeds: np.ndarray, policy: Sequence[ObjectRef]
+        self,
+        prompts: Sequence[str],
+        seeds: np.ndarray,
+        policy: Sequence[ObjectRef],
+        guidance_scale: float,
     ) -> tuple[Info, ImagePayload]:
         """Images alone, for evaluation; without a policy, those of the base model."""
         start = time.perf_counter()
+        sampler = self.sampler.drawing(guidance_scale, self.config.evaluation_eta)
         with self._policy(policy):
-            _, images = self.sampler.sample(prompts, seeds, policy_version=0)
-        small = [np.array(Image.fromarray(image).resize(THUMBNAIL)) for image in images]
-        return Info(time.perf_counter() - start, np.stack(small)), pack_images(images)
+            _, images = sampler.sample(prompts, seeds, policy_version=0)
+        return Info(time.perf_counter() - start, Looks.of(images)), pack_images(images)
 
     def export(self, policy: Sequence[ObjectRef]) -> dict[str, bytes]:
         """The adapter's files by name; the driver writes them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,10 +33,19 @@ class Sampler:
     ) -> None:
         """`decode_batch_size`: latents that the VAE decodes at once; 0: all."""
         self.backbone = backbone
+        self.steps = steps
         self.table = ddim.step_table(backbone.scheduler, steps, eta).to(backbone.device)
         self.guidance_scale = guidance_scale
         self.storage = _STORAGE[storage_dtype]
         self.decode_batch_size = decode_batch_size
+
+    def drawing(self, guidance_scale: float, eta: float) -> Sampler:
+        """The same with another guidance and eta, for images alone: eta = 0 has no likelihood."""
+        other = copy.copy(self)
+        table = ddim.step_table(self.backbone.scheduler, self.steps, eta)
+        other.table = table.to(self.backbone.device)
+        other.guidance_scale = guidance_scale
+        return other
 
     @torch.no_grad()
     def sample(

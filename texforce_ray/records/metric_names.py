@@ -74,6 +74,7 @@ METRICS = (
     Metric("learner/lr", "learning rate of the last update"),
     Metric("learner/updates", "updates so far"),
     Metric("eval/diversity", "difference between images of one prompt in the evaluation"),
+    Metric("eval/style_drift", "the same for colours, edges and textures, wherever they are"),
     Metric("eval/drift", "difference from the base model's images of the same prompts and seeds"),
     Metric("prompts/truncated", "prompts that are longer than the text encoder's limit"),
     Metric("actors/restarts", "failures of actors after which work was tried again, so far"),

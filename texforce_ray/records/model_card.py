@@ -78,7 +78,9 @@ def card_info(
     settings: dict[str, object] = {
         "denoising steps": config.diffusion.steps,
         "guidance scale": config.diffusion.guidance_scale,
+        "guidance scale of the scores below": config.evaluation_guidance,
         "eta": config.diffusion.eta,
+        "eta of the scores below": config.evaluation_eta,
         "learning rate": config.optimizer.lr,
     }
     if unet is not None and unet.lr is not None:

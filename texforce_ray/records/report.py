@@ -6,7 +6,7 @@ import base64
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -155,21 +155,42 @@ def finite(value: Any) -> float | None:
 
 
 def _evaluation(directory: Path) -> str:
-    table = _score_table(directory / "summary.json")
+    scores = _scores(directory / "summary.json")
     picture = _picture(directory / "comparison.png", "Same prompts and seeds, base and tuned")
-    if not table and not picture:
+    if not scores and not picture:
         return ""
-    return f"<section><h2>Evaluation: base and tuned</h2>{table}{picture}</section>"
+    return f"<section><h2>Evaluation: base and tuned</h2>{scores}{picture}</section>"
 
 
-def _score_table(path: Path) -> str:
+def _scores(path: Path) -> str:
+    """Tables of the rewards, on unseen prompts too, and the curve over guidance."""
     if not path.is_file():
         return ""
     try:
-        rewards = from_json(path.read_text("utf-8"))["rewards"]
-        rows = "".join(_score_row(name, scores) for name, scores in rewards.items())
+        summary = from_json(path.read_text("utf-8"))
+        tables = _score_table(summary["rewards"])
+        if unseen := summary.get("unseen"):
+            tables += f"<h3>On prompts that were never trained on</h3>{_score_table(unseen)}"
+        return tables + _guidance_charts(summary.get("guidance") or [])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"<p>evaluation/summary.json could not be read: {escape(repr(error))}</p>"
+
+
+def _guidance_charts(points: Sequence[Mapping[str, Any]]) -> str:
+    charts = []
+    for name in dict.fromkeys(str(point["prompts"]) for point in points):
+        row = [point for point in points if point["prompts"] == name]
+        scales = [float(point["guidance_scale"]) for point in row]
+        series = [Series(w, scales, [finite(p.get(w)) for p in row]) for w in ("base", "tuned")]
+        note = f"{number(row[0].get('images'))} images each"
+        charts.append(
+            path_chart(f"Reward over guidance, {name} prompts", series, "guidance", note=note)
+        )
+    return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
+
+
+def _score_table(rewards: Mapping[str, Any]) -> str:
+    rows = "".join(_score_row(name, scores) for name, scores in rewards.items())
     return (
         '<div class="wide"><table><tr><th>Reward</th><th>Base</th><th>Tuned</th>'
         "<th>Difference</th><th>95 % interval</th><th>Images</th></tr>"

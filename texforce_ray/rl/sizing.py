@@ -29,11 +29,14 @@ def sampling(backbone: Backbone, config: Config) -> Work:
     """A unit of work by its samples, under a policy; it leaves the adapter on the backbone."""
     d = config.diffusion
     Adapter(backbone, adapter_shapes(config, backbone), config.seed)
+    # An evaluation with guidance takes twice the memory of a rollout without.
+    given = config.evaluation_guidance, *config.eval.guidance_curve
+    largest = max(d.guidance_scale, *given)
     sampler = Sampler(
         backbone,
         steps=min(_STEPS, d.steps),
         eta=d.eta,
-        guidance_scale=d.guidance_scale,
+        guidance_scale=largest,
         storage_dtype=d.storage_dtype,
         decode_batch_size=config.rollout.decode_batch_size,
     )
