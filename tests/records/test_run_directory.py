@@ -11,6 +11,7 @@ import pytest
 from texforce_ray import report, status
 from texforce_ray.config_io import load_config, make_config, resolve_run_dir
 from texforce_ray.errors import ConfigError, RunDirectoryError
+from texforce_ray.model.location import EMBEDDED_BASE
 from texforce_ray.records.run_directory import RunDirectory, check_resumable, read_config
 from texforce_ray.records.status import StatusFile
 from texforce_ray.run import _resumed
@@ -58,6 +59,16 @@ def test_other_prompts_are_refused(tmp_path: Path) -> None:
     _start(tmp_path)
     with pytest.raises(RunDirectoryError, match="prompts"):
         check_resumable(read_config(tmp_path), "another digest")
+
+
+def test_a_run_on_replaced_weights_is_refused(tmp_path: Path) -> None:
+    """The embedded pipeline's first weights were replaced: their runs recorded no base."""
+    _start(tmp_path)
+    inputs = json.loads((tmp_path / "inputs.json").read_text())
+    assert inputs.pop("base") == EMBEDDED_BASE
+    (tmp_path / "inputs.json").write_text(json.dumps(inputs))
+    with pytest.raises(RunDirectoryError, match="earlier version of the embedded pipeline"):
+        check_resumable(read_config(tmp_path), "digest")
 
 
 def test_resume_auto_starts_and_then_continues(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.adapter_files import export_adapter, read_adapter
 from texforce_ray.model.backbone import Backbone, load_backbone
 from texforce_ray.model.fusion import compress, fuse, update_of
+from texforce_ray.model.location import EMBEDDED_BASE, adapter_files, base_of
 from texforce_ray.model.snapshot import LoraShape, PolicySnapshot
 
 TEXT = {"text_encoder": LoraShape(4, 8.0, ("q_proj", "v_proj"))}
@@ -175,6 +176,21 @@ def test_the_command_merges_compresses_and_sweeps(
     images = Sampler(merged, **HOW).sample(PROMPTS, SEEDS, 0)[1]
     assert _difference(images, _live(tiny_backbone(), blend)) <= 1
     assert (out / "sweep.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("shapes", [TEXT, {**TEXT, **UNET}], ids=["one-part", "two-parts"])
+def test_an_adapter_of_the_replaced_weights_is_refused(
+    make: Make, tmp_path: Path, shapes: dict[str, LoraShape]
+) -> None:
+    export_adapter(make(shapes, 1), tmp_path, "embedded")
+    assert base_of(tmp_path) == "embedded"
+    for file in tmp_path.rglob("adapter_config.json"):
+        old = json.loads(file.read_text())
+        assert old["base_model_name_or_path"] == EMBEDDED_BASE
+        file.write_text(json.dumps(old | {"base_model_name_or_path": "embedded"}))
+    for read in (read_adapter, adapter_files, base_of):
+        with pytest.raises(ConfigError, match="earlier version of the embedded pipeline"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize(

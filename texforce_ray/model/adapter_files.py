@@ -19,6 +19,7 @@ from texforce_ray.model.location import (
     PEFT_CONFIG,
     PEFT_WEIGHTS,
     find_adapter,
+    recorded_name,
 )
 from texforce_ray.model.lora_formats import arrays, check_plain, load_tensors, read_file
 from texforce_ray.model.lora_layers import (
@@ -58,7 +59,7 @@ def export_adapter(snapshot: PolicySnapshot, directory: Path, base: str) -> None
         alone = len(snapshot.adapters) == 1 and part != TEXT_ENCODERS[1]
         folder = "" if alone else f"{part}/"
         shape = snapshot.shapes[part]
-        config = portable_config(shape.rank, shape.alpha, shape.target_modules, base)
+        config = portable_config(shape.rank, shape.alpha, shape.target_modules, recorded_name(base))
         files[folder + PEFT_CONFIG] = json.dumps(config, indent=2).encode() + b"\n"
         files[folder + PEFT_WEIGHTS] = _bytes(_peft_tensors(part, tensors))
         # diffusers before 0.34 reads no scale: alpha / r is in B, which leaves scale 1.

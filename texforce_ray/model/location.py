@@ -10,6 +10,8 @@ from texforce_ray.model.snapshot import PARTS
 from texforce_ray.records.files import from_json
 
 EMBEDDED = Path(__file__).parent.parent / "shapes" / "weights"
+# What adapters of these weights record as their base, and what those of earlier ones did.
+EMBEDDED_BASE, REPLACED_BASES = "texforce-ray/shapes-2", ("embedded",)
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 DIFFUSERS_PICKLE = "pytorch_lora_weights.bin"
 KOHYA_FILE = "kohya.safetensors"
@@ -100,6 +102,7 @@ def find_adapter(path: Path, origin: str | None = None) -> dict[str, Path]:
                 raise _no_adapter(origin, f"{folder / PEFT_CONFIG} has no {PEFT_WEIGHTS} beside it")
             # The part's own folder says which part it is, here and where it is sent.
             start = f"{folder.name}/" if folder.name in PARTS else ""
+            _recorded_base(folder)
             found |= {start + file.name: file for file in (folder / PEFT_CONFIG, weights)}
     if found:
         return found
@@ -141,15 +144,35 @@ def adapter_files(path: Path) -> dict[str, bytes]:
 
 
 def base_of(path: Path) -> str | None:
-    """The base model that an adapter directory names; of local ones, the plain absolute path."""
+    """The base model that an adapter directory names; of local ones, the plain absolute path.
+
+    Raises:
+        ConfigError: it was trained on weights of 'embedded' that have been replaced since.
+    """
     for folder in (path, *(path / part for part in PARTS)):
-        try:
-            base = from_json((folder / PEFT_CONFIG).read_bytes()).get("base_model_name_or_path")
-        except (OSError, ValueError, AttributeError):
-            continue
-        known = isinstance(base, str) and base not in ("", "unknown")
-        return same_base(base) if known else None
+        if (folder / PEFT_CONFIG).is_file():
+            base = _recorded_base(folder)
+            return None if base is None else same_base(base)
     return None
+
+
+def _recorded_base(folder: Path) -> str | None:
+    try:
+        base = from_json((folder / PEFT_CONFIG).read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if base in REPLACED_BASES:
+        raise ConfigError(
+            f"{folder}: this adapter was trained on an earlier version of the embedded pipeline, "
+            "whose weights have been replaced since: on the present ones it means nothing. Train "
+            "it again, or use the version of texforce-ray that it was trained with"
+        )
+    return base if isinstance(base, str) and base not in ("", "unknown") else None
+
+
+def recorded_name(base: str) -> str:
+    """What an adapter records of its base: of 'embedded', which of its weights."""
+    return EMBEDDED_BASE if same_base(base) == "embedded" else base
 
 
 def layers_per_block(base: str) -> int:
@@ -164,8 +187,8 @@ def layers_per_block(base: str) -> int:
 
 def same_base(base: str) -> str:
     """One name for one base: paths without `..`, links and a last slash; hub ids as they are."""
-    if base == "embedded":
-        return base
+    if base in ("embedded", EMBEDDED_BASE):
+        return "embedded"
     folder = Path(base).expanduser()
     if folder.exists():
         return "embedded" if folder.resolve() == EMBEDDED.resolve() else str(folder.resolve())

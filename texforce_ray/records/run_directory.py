@@ -18,6 +18,7 @@ from PIL import Image
 from texforce_ray.config import Config, safe_paths
 from texforce_ray.config_io import load_config, to_yaml
 from texforce_ray.errors import ConfigError, RunDirectoryError
+from texforce_ray.model.location import recorded_name
 from texforce_ray.records.files import (
     atomic_write_bytes,
     atomic_write_text,
@@ -61,7 +62,7 @@ class RunDirectory:
                 f"{path} already holds a run; continue it with --resume {path}, or choose another "
                 "run_dir"
             )
-        inputs = json.dumps({"prompts": prompts_digest}) + "\n"
+        inputs = json.dumps({"prompts": prompts_digest, "base": _base(config)}) + "\n"
         return _open(config, 0, {"config.yaml": to_yaml(config), "inputs.json": inputs})
 
     @staticmethod
@@ -233,15 +234,27 @@ def check_resumable(config: Config, prompts_digest: str) -> dict[str, tuple[Any,
     path = Path(config.run_dir)
     changes = check_same(read_config(path), config, path)
     try:
-        before = from_json((path / "inputs.json").read_text())["prompts"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return changes  # damaged or of an earlier version: the config has been compared
-    if before != prompts_digest:
+        before = from_json((path / "inputs.json").read_text())
+        prompts, base = before["prompts"], before.get("base")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return changes  # damaged: the config has been compared
+    if base != _base(config):
+        raise RunDirectoryError(
+            f"{path} was trained on an earlier version of the embedded pipeline, whose weights "
+            "have been replaced since; start a new run, or resume with the version of texforce-ray "
+            "that it was started with"
+        )
+    if prompts != prompts_digest:
         raise RunDirectoryError(
             f"the prompts of {path} have changed since it started (prompts.train or eval.prompts); "
             "put the old file back, or start a new run"
         )
     return changes
+
+
+def _base(config: Config) -> str | None:
+    """Which weights 'embedded' stands for; other models are known by their path alone."""
+    return recorded_name("embedded") if config.model.path == "embedded" else None
 
 
 def digest(prompts: Sequence[Any]) -> str:
