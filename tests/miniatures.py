@@ -16,7 +16,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from texforce_ray.shapes import networks
-from texforce_ray.shapes.pretrain import vocabulary
+from texforce_ray.shapes.captions import vocabulary
 from texforce_ray.shapes.tokenizer import MAX_LENGTH, build_tokenizer
 
 # name: (SDXL?, prediction type, scheduler, timestep spacing, steps, guidance, zeros for empty)

@@ -25,7 +25,7 @@ LAYERS = [
     ["telemetry", "collect", "evaluation", "policy", "profiling", "monitor", "recorder"],
     ["driver"],
     ["run", "status", "plan", "evaluate", "fuse", "report", "judge", "capacity", "rewards.check"],
-    ["experiments", "cli"],
+    ["experiments", "shapes.measure", "cli"],
 ]
 
 

@@ -44,7 +44,7 @@ def _config(**sections: Any) -> Config:
         "diffusion": {"steps": STEPS, "guidance_scale": 3.0},
         "prompts": {"per_iteration": 4, "samples_per_prompt": 1},
         "rollout": {"batch_size": 4},
-        "ppo": {"num_minibatches": 1, "clip_range": 0.002, "timestep_fraction": 0.75},
+        "ppo": {"num_minibatches": 1, "clip_range": 1e-4, "timestep_fraction": 0.75},
         "learner": {"microbatch_size": 5},
     }
     for name, changes in sections.items():

@@ -30,7 +30,7 @@ STEPS = np.tile(np.arange(3), (4, 1))
 SD_PAIRS = 1_000_000
 # The least cosine to float32. torch 2.6's backward kernels on a CPU round more often.
 EXACT = (
-    {"float16": 0.999, "bfloat16": 0.95}
+    {"float16": 0.998, "bfloat16": 0.93}
     if tuple(map(int, torch.__version__.split(".")[:2])) > (2, 6)
     else {"float16": 0.995, "bfloat16": 0.8}
 )

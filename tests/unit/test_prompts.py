@@ -77,8 +77,10 @@ def _set(name: str) -> list[str]:
     return [prompt.text for prompt in load_prompts(PromptSource(set=name, path=None))]
 
 
-# "shapes-phrases" is the paper's own choice of phrases, and one of them is held out elsewhere.
-SHAPES = [name for name in BUILT_IN if name.startswith("shapes") and name != "shapes-phrases"]
+# "shapes-phrases" are the paper's own choice of phrases, and one of them is held out elsewhere; its
+# careful ones are no captions that the detector reads.
+_APART = ("shapes-phrases", "shapes-phrases-careful")
+SHAPES = [name for name in BUILT_IN if name.startswith("shapes") and name not in _APART]
 
 
 @pytest.mark.parametrize("name", SHAPES)

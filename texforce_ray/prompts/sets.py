@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from texforce_ray.shapes import people
-from texforce_ray.shapes.scene import ABILITIES, all_scenes
+from texforce_ray.shapes.captions import careful_captions
+from texforce_ray.shapes.scene import ABILITIES, all_scenes, parse
 
 
 def _shapes(*, held_out: bool) -> list[str]:
@@ -79,6 +80,10 @@ BUILT_IN: dict[str, Callable[[], list[str]]] = {
         "three red circles",
         "a red circle and a blue square",
         "a green square above a yellow circle",
+    ],
+    # The four phrases as somebody asks who knows how the model was captioned.
+    "shapes-phrases-careful": lambda: [
+        careful_captions(parse(phrase))[0] for phrase in BUILT_IN["shapes-phrases"]()
     ],
     **{f"shapes-{ability}": _ability(ability) for ability in ABILITIES},
     "hands": _hands,

@@ -32,6 +32,13 @@ BUILT_IN: dict[str, Entry] = {
     "shapes": Entry(
         f"{_HERE}.shapes:ShapesReward", "light", False, "0 to 1", "the shapes world: docs/shapes.md"
     ),
+    "appearance": Entry(
+        f"{_HERE}.appearance:AppearanceReward",
+        "light",
+        False,
+        "0 to 1",
+        "the shapes world: docs/shapes.md",
+    ),
     "shapes_scorer": Entry(
         f"{_HERE}.shapes_scorer:ShapesScorer",
         "clip",

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from texforce_ray.shapes import detector, scene
+from texforce_ray.shapes import captions, detector
 
 
 class ShapesReward:
@@ -21,5 +21,5 @@ class ShapesReward:
             ValueError: a prompt that does not describe a scene of the shapes world.
         """
         del metadata
-        scenes = [scene.parse(prompt) for prompt in prompts]
+        scenes = [captions.understand(prompt) for prompt in prompts]
         return [detector.score(image, s) for image, s in zip(images, scenes, strict=True)]

@@ -15,10 +15,10 @@ from scipy import ndimage, optimize
 
 from texforce_ray.shapes.scene import COLORS, FORMS, RELATIONS, Scene, _draw_form
 
-_PALETTE = np.array(list(COLORS.values()), dtype=np.float32) / 255
+PALETTE = np.array(list(COLORS.values()), dtype=np.float32) / 255
 _NAMES = tuple(COLORS)
 _MIN_AREA = 28  # pixels; the smallest true form (a triangle of radius 7.5) covers about 100
-_FOREGROUND = 0.22  # RGB distance from the background colour, channels in [0, 1]
+FOREGROUND = 0.22  # RGB distance from the background colour, channels in [0, 1]
 _TEMPLATE = 32
 _SQUARE = np.ones((3, 3), dtype=bool)
 
@@ -56,6 +56,12 @@ def _to_box(mask: np.ndarray) -> np.ndarray:
     return np.asarray(scaled) > 127
 
 
+def background_of(pixels: np.ndarray) -> np.ndarray:
+    """The rim's median colour, [3], of [H, W, 3]."""
+    rim = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return np.median(rim, axis=0)
+
+
 def detect(image: np.ndarray) -> list[Found]:
     """Objects in one image (uint8 [H, W, 3]), largest first.
 
@@ -63,12 +69,10 @@ def detect(image: np.ndarray) -> list[Found]:
     colour, so that a form painted in two colours counts as two, each of a doubtful form.
     """
     pixels = image.astype(np.float32) / 255
-    rim = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    background = np.median(rim, axis=0)
-    foreground = np.linalg.norm(pixels - background, axis=-1) > _FOREGROUND
-    nearest = np.linalg.norm(pixels[:, :, None] - _PALETTE, axis=-1).argmin(-1)
+    foreground = np.linalg.norm(pixels - background_of(pixels), axis=-1) > FOREGROUND
+    nearest = np.linalg.norm(pixels[:, :, None] - PALETTE, axis=-1).argmin(-1)
     found = []
-    for index in range(len(_PALETTE)):
+    for index in range(len(PALETTE)):
         mask = foreground & (nearest == index)
         # Opening drops the thin rims where two colours blend; a form's corners are grown back.
         labels, count = ndimage.label(ndimage.binary_opening(mask, _SQUARE))
@@ -81,7 +85,7 @@ def detect(image: np.ndarray) -> list[Found]:
 
 def _describe(pixels: np.ndarray, filled: np.ndarray, part: np.ndarray, area: int) -> Found:
     y, x = ndimage.center_of_mass(filled)
-    distance = np.linalg.norm(np.median(pixels[part], axis=0) - _PALETTE, axis=-1)
+    distance = np.linalg.norm(np.median(pixels[part], axis=0) - PALETTE, axis=-1)
     colors = np.clip(1 - (distance - 0.16) / 0.4, 0, 1)
     box = _to_box(filled)
     overlap = {

@@ -1,9 +1,8 @@
 """Pre-train the embedded latent-diffusion pipeline: `python -m texforce_ray.shapes.pretrain`.
 
-A VAE first, then rounds: the latents of a fixed set of drawings, and on them a U-Net together with
-its CLIP text encoder under noisy captions. A later round goes on from the exported (fp16) weights
-of the one before, on drawings of its own. Every stage is resumable and all are a pure function of
-the seed on one kind of machine. The result loads as a stock `StableDiffusionPipeline`.
+A VAE first, then the latents of a fixed set of drawings, and on them a U-Net together with its
+CLIP text encoder under captions in two registers. Every stage is resumable and all are a pure
+function of the seed on one kind of machine. The result loads as a stock `StableDiffusionPipeline`.
 """
 
 from __future__ import annotations
@@ -14,18 +13,23 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from texforce_ray.paths import local_path
-from texforce_ray.shapes import data, people, scene
+from texforce_ray.shapes import data
+from texforce_ray.shapes.batches import NoisyLatents, Pictures, in_order
+from texforce_ray.shapes.captions import vocabulary
 from texforce_ray.shapes.networks import (
     build_scheduler,
     build_text_encoder,
@@ -35,43 +39,28 @@ from texforce_ray.shapes.networks import (
 from texforce_ray.shapes.older_versions import name_as_older_versions_do, write_vocabulary
 from texforce_ray.shapes.tokenizer import build_tokenizer
 
+_SHOW_EVERY = 20  # steps
+
 
 @dataclass(frozen=True)
 class Recipe:
     """Every choice that shapes the pre-trained weights."""
 
     seed: int = 0
-    vae_steps: int = 2800
+    vae_steps: int = 3000
     vae_batch: int = 32
     vae_lr: float = 1.5e-3
     kl_weight: float = 1e-5
-    drawings: int = 32_000
-    steps: int = 5000
-    refine_steps: int = 4500
-    batch: int = 64
-    lr: float = 1e-3
-    refine_lr: float = 8e-4
-    warmup: int = 200
-    ema_decay: float = 0.998
-    caption_swap: float = 0.25
+    drawings: int = 200_000
+    steps: int = 24_000
+    batch: int = 512
+    lr: float = 1.5e-3
+    warmup: int = 500
+    ema_decay: float = 0.999
+    careful: float = 0.5
     caption_dropout: float = 0.1
-    save_every: int = 250
-
-
-def vocabulary() -> list[str]:
-    """Every word that a caption of the world can hold."""
-    captions = [s.caption for ability in scene.ABILITIES for s in scene.all_scenes(ability)]
-    captions += [people.hand_caption(), people.face_caption()]
-    for tone in people.SKIN_TONES:
-        captions += [people.hand_caption(people.HandSpec(tone, side)) for side in people.SIDES]
-        captions += [people.face_caption(people.FaceSpec(tone, smiles)) for smiles in (False, True)]
-    return sorted({word for caption in captions for word in caption.split()})
-
-
-def _pixels(images: list[np.ndarray]) -> Tensor:
-    """uint8 images to float32 [B, 3, H, W] in [-1, 1]."""
-    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return batch.contiguous(memory_format=torch.channels_last)
+    most_weight: float = 20.0
+    save_every: int = 1000
 
 
 class _Stage:
@@ -95,7 +84,12 @@ class _Stage:
         self.extra = _strip(tensors, "extra/")
         for group in self.optimizer.param_groups:
             for i, parameter in enumerate(group["params"]):
-                self.optimizer.state[parameter] = _strip(tensors, f"optimizer/{i}/")
+                state = _strip(tensors, f"optimizer/{i}/")
+                step_at = parameter.device if group["fused"] else "cpu"
+                self.optimizer.state[parameter] = {
+                    key: value.to(step_at) if key == "step" else _laid_out_as(parameter, value)
+                    for key, value in state.items()
+                }
         return step
 
     def save(self, step: int) -> None:
@@ -118,6 +112,20 @@ class _Stage:
                 old.unlink()
 
 
+def _laid_out_as(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """On its device and in its memory format: the fused optimizer reads both in memory's order."""
+    return torch.empty_like(parameter, requires_grad=False).copy_(value)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _mixed_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 where it can do no harm: weights and optimizer stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16)
+
+
 def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
@@ -131,12 +139,16 @@ def _cosine(step: int, steps: int, warmup: int) -> float:
 
 
 def _steps(
-    stage: _Stage, start: int, steps: int, save_every: int, title: str
-) -> Iterator[tuple[int, tqdm]]:
-    with tqdm(range(start, steps), initial=start, total=steps, desc=title, mininterval=5) as bar:
-        for step in bar:
-            yield step, bar
-            if (step + 1) % save_every == 0 or step + 1 == steps:
+    stage: _Stage, start: int, dataset: Dataset[Any], save_every: int, title: str
+) -> Iterator[tuple[int, Any, tqdm]]:
+    """`(step, its batch, the progress bar)`; the stage is saved in between and at the end."""
+    steps = range(start, len(dataset))  # type: ignore[arg-type]
+    batches = in_order(dataset, steps)
+    with tqdm(initial=start, total=start + len(steps), desc=title, mininterval=5) as bar:
+        for step, batch in zip(steps, batches, strict=True):
+            yield step, batch, bar
+            bar.update()
+            if (step + 1) % save_every == 0 or step + 1 == steps.stop:
                 stage.save(step + 1)
 
 
@@ -145,32 +157,32 @@ def _update(
 ) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
+    optimizer.zero_grad()  # before the next forward pass: a CUDA graph's gradients die with it
 
 
 def train_vae(recipe: Recipe, work: Path) -> AutoencoderKL:
     """Stage 1: reconstruct drawings; a light KL keeps the latents near a unit Gaussian."""
     torch.manual_seed(recipe.seed)
-    vae = build_vae().to(memory_format=torch.channels_last)
+    device = _device()
+    vae = build_vae().to(device)
     parameters = list(vae.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
     stage = _Stage(work / "vae", {"vae": vae}, optimizer)
     start = stage.load()
-    for step, bar in _steps(stage, start, recipe.vae_steps, recipe.save_every, "VAE"):
-        first = step * recipe.vae_batch
-        # Drawings of this stage have indices of their own (odd seeds), never the U-Net's.
-        indices = range(first, first + recipe.vae_batch)
-        x = _pixels(
-            [data.draw(2 * recipe.seed + 1, i, data.VAE_KIND_WEIGHTS).image for i in indices]
-        )
-        posterior = vae.encode(x).latent_dist
-        noise = torch.randn(
-            posterior.mean.shape, generator=torch.Generator().manual_seed(recipe.seed + step)
-        )
-        output = vae.decode(posterior.mean + posterior.std * noise).sample
+    # Drawings of this stage have a seed of their own (an odd one), never the U-Net's.
+    total = recipe.vae_steps * recipe.vae_batch
+    pictures = Pictures(2 * recipe.seed + 1, recipe.vae_batch, total, data.VAE_KIND_WEIGHTS)
+    for step, batch, bar in _steps(stage, start, pictures, recipe.save_every, "VAE"):
+        x = batch.to(device)
+        with _mixed_precision(device):
+            posterior = vae.encode(x).latent_dist
+            noise = torch.randn(
+                posterior.mean.shape, generator=torch.Generator().manual_seed(recipe.seed + step)
+            )
+            output = vae.decode(posterior.mean + posterior.std * noise.to(device)).sample.float()
         # Differences between neighbours punish blurred outlines, which plain L1 hardly sees.
         edges = sum(
             (torch.diff(output, dim=d) - torch.diff(x, dim=d)).abs().mean() for d in (-1, -2)
@@ -179,37 +191,23 @@ def train_vae(recipe: Recipe, work: Path) -> AutoencoderKL:
         loss = error + edges + recipe.kl_weight * posterior.kl().mean()
         lr = recipe.vae_lr * _cosine(step, recipe.vae_steps, 50)
         _update(optimizer, parameters, loss, lr)
-        bar.set_postfix(l1=f"{(output - x).abs().mean().item():.4f}", refresh=False)
+        if step % _SHOW_EVERY == 0:  # each look waits for the GPU
+            bar.set_postfix(l1=f"{(output - x).abs().mean().item():.4f}", refresh=False)
     return vae.eval()
 
 
-@dataclass
-class Round:
-    """One pass of U-Net training: where it works, what it sees, what it starts from."""
-
-    work: Path
-    first_drawing: int
-    stream: int
-    steps: int
-    lr: float
-    vae: AutoencoderKL
-    unet: UNet2DConditionModel
-    text_encoder: CLIPTextModel
-
-
 @torch.no_grad()
-def encode_drawings(recipe: Recipe, this: Round) -> tuple[Tensor, Tensor]:
-    """Posterior mean and standard deviation of a round's drawings, float32 [N, 4, 8, 8] each."""
-    path = this.work / "latents.safetensors"
+def encode_drawings(recipe: Recipe, vae: AutoencoderKL, work: Path) -> tuple[Tensor, Tensor]:
+    """Posterior mean and standard deviation of every drawing, float32 [N, 4, 8, 8] each."""
+    path = work / "latents.safetensors"
     if not path.exists():
-        this.work.mkdir(parents=True, exist_ok=True)
         means, stds = [], []
-        for first in tqdm(range(0, recipe.drawings, 64), desc="latents", mininterval=5):
-            indices = range(first, min(first + 64, recipe.drawings))
-            images = [data.draw(2 * recipe.seed, this.first_drawing + i).image for i in indices]
-            posterior = this.vae.encode(_pixels(images)).latent_dist
-            means.append(posterior.mean.contiguous())
-            stds.append(posterior.std.contiguous())
+        pictures = Pictures(2 * recipe.seed, 64, recipe.drawings)
+        batches = in_order(pictures, range(len(pictures)))
+        for batch in tqdm(batches, total=len(pictures), desc="latents", mininterval=5):
+            posterior = vae.encode(batch.to(vae.device)).latent_dist
+            means.append(posterior.mean.contiguous().cpu())
+            stds.append(posterior.std.contiguous().cpu())
         temporary = path.with_suffix(".tmp")
         save_file({"mean": torch.cat(means), "std": torch.cat(stds)}, temporary)
         os.replace(temporary, path)
@@ -217,83 +215,81 @@ def encode_drawings(recipe: Recipe, this: Round) -> tuple[Tensor, Tensor]:
     return tensors["mean"], tensors["std"]
 
 
-def _captioners(recipe: Recipe, this: Round) -> list[Callable[[np.random.Generator, float], str]]:
-    indices = range(this.first_drawing, this.first_drawing + recipe.drawings)
-    bar = tqdm(indices, desc="captions", mininterval=5)
-    return [data.draw(2 * recipe.seed, i).caption for i in bar]
+def _noise_levels(alphas: Tensor, most_weight: float) -> Tensor:
+    """How often each timestep is trained: as 1 + 1/SNR, capped.
+
+    Weighting the loss so has the same gradient on average and more noise in it. What is in an
+    image is decided where noise prevails, and uniform timesteps hardly train that.
+    """
+    weights = (1 / alphas).clamp(max=most_weight)  # 1 + (1 - alpha) / alpha
+    return weights / weights.sum()
+
+
+class _Denoiser(nn.Module):
+    """Text encoder and U-Net as one function: token ids [B, L], latents, timesteps to noise."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, ids: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        return self.unet(noisy, t, self.text_encoder(ids).last_hidden_state).sample
 
 
 def train_unet(
     recipe: Recipe,
-    this: Round,
+    work: Path,
     latents: tuple[Tensor, Tensor],
-    scaling: float,
     tokenizer: CLIPTokenizer,
-) -> None:
-    """Noise prediction on noisy captions; leaves the round's U-Net and encoder with EMA weights."""
-    unet = this.unet.to(memory_format=torch.channels_last).train()
-    text_encoder = this.text_encoder.train()
-    mean, std = latents
+    *,
+    compiled: bool,
+) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """Noise prediction under captions in two registers; U-Net and encoder with EMA weights."""
+    torch.manual_seed(recipe.seed + 1)
+    device = _device()
+    unet = build_unet().to(device, memory_format=torch.channels_last).train()
+    text_encoder = build_text_encoder(tokenizer).to(device).train()
+    if device.type == "cpu":  # fused attention's backward pass in bfloat16 takes half of a step
+        unet.set_attn_processor(AttnProcessor())
+        text_encoder.set_attn_implementation("eager")
+    predict: Callable[..., Tensor] = _Denoiser(unet, text_encoder)
+    if compiled:
+        # On a GPU the networks are so small that starting kernels is what takes time.
+        predict = torch.compile(predict, mode="reduce-overhead" if device.type == "cuda" else None)
     parameters = [*unet.parameters(), *text_encoder.parameters()]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=1e-3)
-    averages = EMAModel(parameters, decay=recipe.ema_decay)
-    stage = _Stage(this.work / "unet", {"unet": unet, "text_encoder": text_encoder}, optimizer)
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    averages = EMAModel(parameters, decay=recipe.ema_decay, foreach=True)
+    stage = _Stage(work / "unet", {"unet": unet, "text_encoder": text_encoder}, optimizer)
     if start := stage.load():
-        averages.shadow_params = [stage.extra[f"ema.{i}"] for i in range(len(parameters))]
-        averages.optimization_step = start
-    captioners = _captioners(recipe, this)
-    alphas = build_scheduler().alphas_cumprod
-    for step, bar in _steps(stage, start, this.steps, recipe.save_every, "U-Net"):
-        rng = np.random.default_rng([recipe.seed, this.stream, step])
-        torch_rng = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        chosen = rng.integers(recipe.drawings, size=recipe.batch)
-        captions = [
-            "" if rng.random() < recipe.caption_dropout else captioners[i](rng, recipe.caption_swap)
-            for i in chosen
+        averages.shadow_params = [
+            _laid_out_as(parameter, stage.extra[f"ema.{i}"])
+            for i, parameter in enumerate(parameters)
         ]
-        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-        rows = torch.from_numpy(chosen)
-        x = mean[rows] + std[rows] * torch.randn(mean[rows].shape, generator=torch_rng)
-        noise = torch.randn(x.shape, generator=torch_rng)
-        t = torch.randint(0, len(alphas), (len(x),), generator=torch_rng)
-        alpha = alphas[t][:, None, None, None]
-        noisy = alpha.sqrt() * x * scaling + (1 - alpha).sqrt() * noise
-        hidden = text_encoder(ids.input_ids).last_hidden_state
-        loss = (unet(noisy, t, hidden).sample - noise).square().mean()
-        lr = this.lr * _cosine(step, this.steps, recipe.warmup)
-        _update(optimizer, parameters, loss, lr)
+        averages.optimization_step = start
+    alphas = build_scheduler().alphas_cumprod
+    batches = NoisyLatents(
+        recipe.seed,
+        recipe.batch,
+        recipe.steps,
+        latents,
+        alphas,
+        _noise_levels(alphas, recipe.most_weight),
+        tokenizer,
+        careful=recipe.careful,
+        caption_dropout=recipe.caption_dropout,
+    )
+    for step, batch, bar in _steps(stage, start, batches, recipe.save_every, "U-Net"):
+        ids, noisy, t, noise = (tensor.to(device, non_blocking=True) for tensor in batch)
+        with _mixed_precision(device):
+            output = predict(ids, noisy.contiguous(memory_format=torch.channels_last), t)
+        loss = (output.float() - noise).square().mean()
+        _update(optimizer, parameters, loss, recipe.lr * _cosine(step, recipe.steps, recipe.warmup))
         averages.step(parameters)
         stage.extra = {f"ema.{i}": p for i, p in enumerate(averages.shadow_params)}
-        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        if step % _SHOW_EVERY == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     averages.copy_to(parameters)
-    unet.eval()
-    text_encoder.eval()
-
-
-def train_round(recipe: Recipe, this: Round, tokenizer: CLIPTokenizer, out: Path) -> None:
-    """Train a round to its end and write its pipeline to `out`."""
-    latents = encode_drawings(recipe, this)
-    scaling = this.vae.config.scaling_factor
-    if this.first_drawing == 0:
-        mean, std = latents
-        scaling = 1 / float((mean.var() + std.square().mean()).sqrt())
-    train_unet(recipe, this, latents, scaling, tokenizer)
-    export(out, this.vae, this.unet, this.text_encoder, tokenizer, scaling, recipe)
-
-
-def refinement(recipe: Recipe, work: Path, pipeline: Path) -> Round:
-    """The round that goes on from an exported pipeline's weights."""
-    pipe = StableDiffusionPipeline.from_pretrained(pipeline, dtype=torch.float32)
-    return Round(
-        work,
-        recipe.drawings,
-        2,
-        recipe.refine_steps,
-        recipe.refine_lr,
-        pipe.vae,
-        pipe.unet,
-        pipe.text_encoder,
-    )
+    return unet.eval(), text_encoder.eval()
 
 
 def export(
@@ -341,24 +337,27 @@ def main() -> None:
     )
     for name, value in asdict(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the U-Net: needs a C++ compiler"
+    )
     arguments = vars(parser.parse_args())
-    out, work = arguments.pop("out"), arguments.pop("work")
-    pretrain(Recipe(**arguments), out, work or out.with_name(out.name + ".work"))
+    out, work, compiled = (arguments.pop(key) for key in ("out", "work", "compile"))
+    work = work or out.with_name(out.name + ".work")
+    pretrain(Recipe(**arguments), out, work, compiled=compiled)
     print(f"pipeline written to {out}")
 
 
-def pretrain(recipe: Recipe, out: Path, work: Path) -> None:
+def pretrain(recipe: Recipe, out: Path, work: Path, *, compiled: bool = False) -> None:
     """Train a pipeline from nothing into `out`; `work` keeps the state for resuming."""
     work.mkdir(parents=True, exist_ok=True)
     _check_recipe(recipe, work / "recipe.json")
     tokenizer = build_tokenizer(vocabulary())
     vae = train_vae(recipe, work)
-    torch.manual_seed(recipe.seed + 1)
-    unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
-    first = Round(work, 0, 1, recipe.steps, recipe.lr, vae, unet, text_encoder)
-    if not (work / "first" / "recipe.json").exists():  # an export's last file
-        train_round(recipe, first, tokenizer, work / "first")
-    train_round(recipe, refinement(recipe, work / "refined", work / "first"), tokenizer, out)
+    mean, std = encode_drawings(recipe, vae, work)
+    scaling = 1 / float((mean.var() + std.square().mean()).sqrt())
+    latents = (mean * scaling, std * scaling)
+    unet, text_encoder = train_unet(recipe, work, latents, tokenizer, compiled=compiled)
+    export(out, vae, unet, text_encoder, tokenizer, scaling, recipe)
 
 
 def _check_recipe(recipe: Recipe, path: Path) -> None:

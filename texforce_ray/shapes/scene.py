@@ -1,4 +1,4 @@
-"""The shapes world: scenes of coloured forms, their captions, and their true renderings.
+"""The shapes world: scenes of coloured forms, and their true renderings.
 
 Four abilities, those of the paper's Fig. 5: colour ("a green circle"), count ("three red
 squares"), composition ("a red circle and a blue square") and location ("a green triangle above a
@@ -8,6 +8,7 @@ yellow circle"). Needs only numpy and Pillow, so that reward environments can im
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -131,9 +132,9 @@ def all_scenes(ability: str) -> list[Scene]:
     raise ValueError(f"unknown ability {ability!r}; one of {', '.join(ABILITIES)}")
 
 
-def random_scene(rng: np.random.Generator) -> Scene:
-    """A scene of a random ability, train and held-out combinations alike."""
-    ability = ABILITIES[rng.integers(len(ABILITIES))]
+def random_scene(rng: np.random.Generator, weights: Sequence[float] | None = None) -> Scene:
+    """A scene of a random ability (`weights`: how often each), train and held-out pairs alike."""
+    ability = str(rng.choice(ABILITIES, p=weights))
     if ability in ("color", "count"):
         item = _random_item(rng)
         return Scene((item,), count=1 if ability == "color" else int(rng.integers(2, 5)))
@@ -146,27 +147,6 @@ def random_scene(rng: np.random.Generator) -> Scene:
 
 def _random_item(rng: np.random.Generator) -> Item:
     return Item(str(rng.choice(list(COLORS))), str(rng.choice(FORMS)))
-
-
-def noisy_caption(scene: Scene, rng: np.random.Generator, swap: float) -> str:
-    """The caption with each attribute replaced by a random one with probability `swap`.
-
-    This is how web alt-text is wrong, and why the text conditioning that is learnt from it can be
-    improved without touching the image model.
-    """
-    items = tuple(
-        Item(
-            str(rng.choice(list(COLORS))) if rng.random() < swap else item.color,
-            str(rng.choice(FORMS)) if rng.random() < swap else item.form,
-        )
-        for item in scene.items
-    )
-    count, relation = scene.count, scene.relation
-    if count > 1 and rng.random() < swap:
-        count = int(rng.integers(2, 5))
-    if relation and rng.random() < swap:
-        relation = str(rng.choice(list(RELATIONS)))
-    return Scene(items, count, relation).caption
 
 
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
@@ -203,6 +183,10 @@ def _place(scene: Scene, radius: np.ndarray, rng: np.random.Generator) -> np.nda
             offset = centers[0] - centers[1]
             if offset @ axis < radius.sum() + 3 or np.abs(offset @ axis[::-1]) > 16:
                 continue
+        # Whoever describes two things side by side starts on the left.
+        side_by_side = len(scene.objects) == 2 and scene.count == 1 and not scene.relation
+        if side_by_side and centers[1, 0] - centers[0, 0] < radius.sum() + 3:
+            continue
         return centers
 
 

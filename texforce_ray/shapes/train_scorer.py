@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from texforce_ray.paths import local_path
 from texforce_ray.shapes import detector, scene
+from texforce_ray.shapes.captions import with_swaps
 from texforce_ray.shapes.scorer import WEIGHTS, Scorer, describe
 
 _PROMPTS = 6  # scored for each drawing
@@ -28,7 +29,7 @@ _VAE = Path(__file__).parent / "weights" / "vae"
 
 def prompts_for(drawn: scene.Scene, rng: np.random.Generator) -> list[scene.Scene]:
     """The drawing's own scene, ones with attributes swapped, and any others."""
-    swapped = [scene.parse(scene.noisy_caption(drawn, rng, swap)) for swap in (0.2, 0.4, 0.6)]
+    swapped = [with_swaps(drawn, rng, swap) for swap in (0.2, 0.4, 0.6)]
     return [drawn, *swapped, *(scene.random_scene(rng) for _ in range(_PROMPTS - 4))]
 
 
