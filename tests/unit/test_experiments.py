@@ -110,7 +110,8 @@ def _evaluation(folder: Path, gain: float, **more: Any) -> None:
     base = np.linspace(0, 0.5, 32)
     columns: dict[str, Any] = {"base_total": base, **more}
     columns |= {f"{label}_total": base + gain for label in ("U-Net", "text encoder")}
-    looks = {label: {"diversity": 0.2, "drift": 0.1} for label in ("base", "U-Net", "text encoder")}
+    look = {"diversity": 0.2, "drift": 0.1, "style_drift": 0.05}
+    looks = dict.fromkeys(("base", "U-Net", "text encoder"), look)
     folder.mkdir(parents=True)
     (folder / "samples.parquet").write_bytes(to_parquet(columns))
     (folder / "summary.json").write_text(json.dumps({"looks": looks}))
@@ -169,9 +170,10 @@ def test_a_failed_step_ends_the_command_and_keeps_the_rest(
     assert "start again to go on" in capsys.readouterr().err
 
 
-def test_the_committed_page_is_what_the_committed_results_give(tmp_path: Path) -> None:
-    page = REPO / "docs" / "results" / "shapes.md"
-    again = tmp_path / "docs" / "results" / "shapes.md"
+@pytest.mark.parametrize("name", ["shapes", "rates"])
+def test_the_committed_page_is_what_the_committed_results_give(name: str, tmp_path: Path) -> None:
+    page = REPO / "docs" / "results" / f"{name}.md"
+    again = tmp_path / "docs" / "results" / f"{name}.md"
     again.parent.mkdir(parents=True)
     import shutil
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from texforce_ray.experiments.page import write_page
 from texforce_ray.experiments.results import keep, seeds_of
-from texforce_ray.experiments.shapes import EXPERIMENTS
+from texforce_ray.experiments.shapes import EXPERIMENTS, EXTRA
 from texforce_ray.experiments.stages import Stage
 from texforce_ray.paths import local_path
 
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not Path("configs/shapes").is_dir():
             print("error: configs/shapes: not found; run this in the repository", file=sys.stderr)
             return 1
-        chosen = options.only or list(EXPERIMENTS)
+        chosen = options.only or [name for name in EXPERIMENTS if name not in EXTRA]
         plan = [(seed, stage) for seed in options.seeds for n in chosen for stage in EXPERIMENTS[n]]
         for index, (seed, stage) in enumerate(plan):
             code = _run(stage, seed, options, f"[{index + 1}/{len(plan)}]")

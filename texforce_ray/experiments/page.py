@@ -19,22 +19,42 @@ _INTRODUCTION = """\
 Made by `make paper-shapes` (`python -m texforce_ray.experiments shapes`) from the files in
 `{folder}/` beside this page; the discussion is written by hand. Training seeds: {seeds}.
 
+{columns}"""
+
+_RATES = """\
+# Learning rates in the shapes world
+
+Every method that [the experiments](shapes.md) compare has the best of four learning rates, after
+ten iterations with training seed {seeds}, which the experiments do not use. The configs in
+`configs/shapes/` hold them. Made by `python -m texforce_ray.experiments shapes --only rates --seeds
+{seeds} --out runs/rates --results docs/results/rates`. The U-Net's rate in joint training is two
+thirds of the text encoder's, which is the one given.
+
+{columns}"""
+
+_COLUMNS = """\
 Rewards are means over the same 256 images for every policy, at seeds that are never trained on.
 Differences are paired with the base model. Intervals are 95 % bootstraps that draw training seeds
 and prompts again, crossed, each prompt with all of its images: they say how the result would vary
 with other seeds and other prompts of this kind, roughly where there are as few as here. Diversity:
 mean distance of two images of one prompt. Drift: mean distance from
-the base model's image at the same seed. Both: root mean squares over 16 x 16 thumbnails, 0 to 1."""
+the base model's image at the same seed. Both: root mean squares over 16 x 16 thumbnails, 0 to 1.
+Style drift: the same for the distributions of colours, edges and local contrast, wherever they are
+in the image (Wasserstein distances): what only moved counts nothing."""
 
 _TITLES = {
+    "rates": "Learning rates",
     "headline": "Text encoder, U-Net, both (Fig. 5, Tables 1 and 3)",
-    "fusion": "Fused with smaller weights",
-    "dpok": "With a KL penalty (Fig. 5, DPOK)",
+    "fusion": "Fused with less guidance, and with smaller weights",
+    "many": "Many prompts (Table 1)",
+    "penalty": "Without the KL penalty (Fig. 5, DPOK)",
     "incompression": "Incompressibility (Fig. 4)",
     "people": "Hands and faces (Fig. 11)",
     "blend": "Blends of two tasks (Fig. 12)",
 }
 _SETS = {
+    "shapes": "all training prompts",
+    "shapes-unseen": "prompts with held-out pairs",
     "shapes-phrases": "seen phrases",
     "shapes-phrases-unseen": "unseen phrases",
     "hands": "hands",
@@ -49,7 +69,9 @@ _CURVES = {
 def write_page(results: Path, page: Path) -> None:
     """Write `page` (Markdown) from the kept `results`; what is not there yet is left out."""
     seeds = seeds_of(results)
-    lines = [_INTRODUCTION.format(folder=results.name, seeds=", ".join(map(str, seeds)))]
+    introduction = _RATES if results.name == "rates" else _INTRODUCTION
+    given = {"folder": results.name, "seeds": ", ".join(map(str, seeds)), "columns": _COLUMNS}
+    lines = [introduction.format(**given)]
     discussion = results / "discussion.md"
     if discussion.is_file():
         lines += ["", discussion.read_text().strip()]
@@ -76,11 +98,14 @@ def _table(
 ) -> Iterator[str]:
     yield ""
     title = _SETS.get(prompts, prompts)
+    note = f", {stage.note}" if stage.note else ""
     reward = "" if prompts in _SETS else f" ({stage.config})"
-    yield f"**{title[0].upper()}{title[1:]}**{reward}"
+    yield f"**{title[0].upper()}{title[1:]}{note}**{reward}"
     yield ""
-    yield "| policy | reward | against base | 95 % | by seed | better in | diversity | drift |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    columns = ["policy", "reward", "against base", "95 %", "by seed", "better in", *found[0].parts]
+    columns += ["diversity", "drift", "style drift"]
+    yield f"| {' | '.join(columns)} |"
+    yield f"|{' --- |' * len(columns)}"
     for row in found:
         cells = [row.label, f"{row.reward:.3f}"]
         if row.label == "base":
@@ -91,7 +116,9 @@ def _table(
                 f"{row.difference:+.3f}", f"{row.low:+.3f} to {row.high:+.3f}", seeds,
                 f"{row.win_rate:.0%}",
             ]  # fmt: skip
-        cells += [f"{row.diversity:.3f}", f"{row.drift:.3f}"]
+        base = row.label == "base"
+        cells += [f"{m:.3f}" + ("" if base else f" ({d:+.3f})") for m, d in row.parts.values()]
+        cells += [f"{row.diversity:.3f}", f"{row.drift:.3f}", f"{row.style_drift:.3f}"]
         yield f"| {' | '.join(cells)} |"
     yield from _picture(results, page, f"{stage.name}/{prompts}/comparison.png", title)
 

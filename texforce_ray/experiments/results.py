@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,8 @@ from texforce_ray.records.samples import read_samples
 class Row:
     """One policy over S seeds of training, on the same N images each.
 
-    reward, base: means. difference, low, high: paired, with a 95 % interval. by_seed: [S].
+    reward, base: means of the total. difference, low, high: paired, with a 95 % interval. by_seed:
+    [S]. parts: of each reward, where there are several, the mean and the difference from base's.
     """
 
     label: str
@@ -38,6 +40,8 @@ class Row:
     win_rate: float
     diversity: float
     drift: float
+    style_drift: float
+    parts: dict[str, tuple[float, float]]
 
     @property
     def difference(self) -> float:
@@ -96,9 +100,24 @@ def rows(results: Path, stage: Evaluate, prompts: str) -> list[Row]:
                 tuple(np.nanmean(tuned - base, axis=1).tolist()), float(wins.mean()),
                 float(np.mean([look[label]["diversity"] for look in looks])),
                 float(np.mean([look[label]["drift"] for look in looks])),
+                float(np.mean([look[label]["style_drift"] for look in looks])),
+                _parts(tables, label),
             )
         )  # fmt: skip
     return found
+
+
+def _parts(tables: Sequence[dict[str, list[Any]]], label: str) -> dict[str, tuple[float, float]]:
+    names = [key.removeprefix("base_") for key in tables[0] if key.startswith("base_")]
+    names = [name for name in names if name != "total"]
+    if len(names) < 2:
+        return {}
+    mean = {
+        (who, name): float(np.nanmean([np.asarray(t[f"{who}_{name}"], float) for t in tables]))
+        for who in ("base", label)
+        for name in names
+    }
+    return {name: (mean[label, name], mean[label, name] - mean["base", name]) for name in names}
 
 
 def curves(results: Path, names: Sequence[str]) -> list[Curve]:

@@ -36,7 +36,10 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Policies by label, each a weighted sum of trained adapters, on some prompt sets."""
+    """Policies by label, each a weighted sum of trained adapters, on some prompt sets.
+
+    note: said in its tables' titles.
+    """
 
     name: str
     config: str
@@ -44,6 +47,7 @@ class Evaluate:
     prompts: tuple[str, ...]
     images: int = 256
     overrides: tuple[str, ...] = field(default=())
+    note: str = ""
 
     def command(self, folder: Path, seed: int) -> list[str]:
         del seed  # evaluations of all seeds are on the same images
@@ -78,7 +82,7 @@ class Sweep:
         given = [f"{folder / name / 'adapter'}=1.0" for name in self.adapters]
         return [
             *_python("fuse"), *given, "--out", str(folder / self.name),
-            "--sweep", str(self.points), "--steps", "10", "--guidance", "1",
+            "--sweep", str(self.points), "--steps", "10", "--guidance", "5",
             "--prompts", *self.prompts,
         ]  # fmt: skip
 
