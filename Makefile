@@ -6,7 +6,7 @@ PY := .venv/bin/python
 SEEDS ?= 0
 RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help setup demo test test-slow test-environments lint types check paper-shapes paper-page gpu bench chaos audit docs docs-serve clean
+.PHONY: help setup demo quick fix test test-slow test-rewards test-environments lint types check paper-shapes paper-page gpu bench chaos audit docs docs-serve clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -24,14 +24,24 @@ setup: .venv/.ready  ## make the environment in .venv
 demo: setup  ## train on the embedded pipeline, compare base and tuned images (minutes, no GPU)
 	@$(PY) -m texforce_ray.run --config configs/shapes.yaml run_dir=$(RUN_DIR)
 
-test: setup  ## all tests but the slow ones
-	@$(PY) -m pytest -m "not slow and not gpu and not weights"
+quick: setup  ## tests without Ray and without whole runs: two minutes
+	@OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -n 2 --dist loadscope tests/unit tests/records -m "not long and not slow and not gpu and not weights and not ray and not network"
 
-test-slow: setup  ## the minutes-long proofs too
+fix: setup  ## format, and fix what ruff can
+	@.venv/bin/ruff check --fix --quiet . && .venv/bin/ruff format --quiet .
+
+# Passive: threads of two processes would wait for each other by spinning.
+test: setup  ## all tests but the slow ones
+	@OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -n 2 --dist loadscope --durations=15 -m "not slow and not gpu and not weights and not environments"
+
+test-slow: setup  ## also the slow ones, minutes each
 	@$(PY) -m pytest -m "not gpu and not weights and not environments"
 
-test-environments: setup  ## exported files and the product in the oldest libraries; several GB
-	@$(PY) -m pytest -m environments tests/compat
+test-rewards: setup  ## rewards in environments of their own; several GB
+	@$(PY) -m pytest -m environments tests/rewards
+
+test-environments: setup  ## also exported files and the product in the oldest libraries
+	@$(PY) -m pytest -m environments tests/rewards tests/compat
 
 lint: setup  ## ruff
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
@@ -40,9 +50,9 @@ types: setup  ## mypy
 	@.venv/bin/mypy
 
 docs: setup  ## build the documentation into build/site; warnings are errors
-	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
-docs-serve: setup  ## look at it on http://127.0.0.1:8000 while writing
+docs-serve: setup  ## serve it on http://127.0.0.1:8000 while writing
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs serve --strict
 
 check: lint types test  ## what CI runs
@@ -50,16 +60,16 @@ check: lint types test  ## what CI runs
 paper-shapes: setup  ## the paper's experiments on the embedded pipeline: an hour; docs/results/shapes.md
 	@$(PY) -m texforce_ray.experiments shapes --seeds $(SEEDS)
 
-paper-page: setup  ## write that page again from the results that are kept
+paper-page: setup  ## rewrite that page from the kept results
 	@$(PY) -m texforce_ray.experiments shapes --page-only
 
-gpu: setup  ## on one GPU, without Ray or downloads, 8 minutes: tests, gradients, images, speed (SIZE=tiny: on a CPU)
+gpu: setup  ## on one GPU, without Ray or downloads: tests, gradients, images, speed (SIZE=tiny: on a CPU)
 	@PYTHON=$(PY) bash benchmarks/gpu.sh
 
 bench: setup  ## all measurements: benchmarks/results/bench.md and bench.json
 	@$(PY) benchmarks/run_all.py
 
-chaos: setup  ## 300 faults of all kinds, tables of what came of them; an hour, goes on where it stopped
+chaos: setup  ## 300 faults of all kinds and tables of the results; an hour, resumes where it stopped
 	@$(PY) tests/chaos/drill.py --faults 260 --out runs/chaos
 	@$(PY) tests/chaos/drill.py --faults 48 --embedded --out runs/chaos-embedded
 	@$(PY) tests/chaos/torture.py --kills 200

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in one call, on the plain classes (no Ray); 8 minutes on one H100:
+# All that needs a GPU, in one call, on the plain classes (no Ray):
 #   PYTHON=python3 OUT=results bash benchmarks/gpu.sh
 # Nothing is downloaded; packages that are missing are named. SIZE=tiny runs the same on a CPU.
 set -uo pipefail

@@ -17,30 +17,30 @@ import torch
 from common import ROOT, Clock, as_in_an_actor, medians, write
 
 from texforce_ray.config import Config
-from texforce_ray.config_io import load_config
+from texforce_ray.config.io import load_config
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.diffusion.trajectory import concatenate
 from texforce_ray.model.backbone import load_backbone
 from texforce_ray.rewards import arguments, resolve
 from texforce_ray.rewards.base import load_reward
-from texforce_ray.rl.learner import Learner
-from texforce_ray.rl.trainer import UpdateBatch
+from texforce_ray.rl.ppo_learner import PpoLearner
+from texforce_ray.rl.sharding import UpdateBatch
 
 BASE = (
     "diffusion.guidance_scale=5",
-    "ppo.timestep_choice=random",
+    "objective.timestep_choice=random",
     "prompts.per_iteration=2",
     "prompts.samples_per_prompt=8",
     "rollout.batch_size=16",
-    "ppo.num_minibatches=2",
-    "lora.rank=16",
+    "update.minibatches=2",
+    "lora.text_encoder.rank=16",
 )
 ROWS = {
     "16 samples, 10 steps, rank 16, one reward": (),
     "32 samples": ("prompts.samples_per_prompt=16",),
     "20 steps": ("diffusion.steps=20",),
     "images of 128 x 128": ("size=16",),
-    "rank 64": ("lora.rank=64",),
+    "rank 64": ("lora.text_encoder.rank=64",),
     "two rewards": ("rewards=[{name: shapes}, {name: jpeg_incompressibility}]",),
 }
 
@@ -57,9 +57,9 @@ class Iteration:
         self.backbone = load_backbone(config.model.path)
         if self.size is not None:
             # The U-Net is convolutional: a larger latent makes a larger image.
-            self.backbone.unet.register_to_config(sample_size=self.size)
+            self.backbone.denoiser.register_to_config(sample_size=self.size)
         d = config.diffusion
-        self.learner = Learner(self.backbone, config)
+        self.learner = PpoLearner(self.backbone, config)
         self.sampler = Sampler(
             self.backbone,
             steps=d.steps,

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from common import ROOT, write
 
-from texforce_ray.config_io import load_config
+from texforce_ray.config.io import load_config
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.model.backbone import load_backbone
 from texforce_ray.rl import ppo
-from texforce_ray.rl.learner import Learner
 from texforce_ray.rl.likelihood import Pairs
+from texforce_ray.rl.ppo_learner import PpoLearner
 
 PROMPTS = ("a green circle", "three red squares", "a red circle and a blue square")
 CLIP_RANGE = 1e-4
@@ -37,13 +37,13 @@ def measure(
             f"model.dtype={dtype}",
             f"diffusion.storage_dtype={storage}",
             "diffusion.guidance_scale=5",
-            "lora.rank=16",
+            "lora.text_encoder.rank=16",
         ],
     )
     backbone = load_backbone("embedded", dtype=dtype, device=device)
     if compiled:
-        backbone.unet.compile(dynamic=False)
-    learner = Learner(backbone, config)
+        backbone.denoiser.compile(dynamic=False)
+    learner = PpoLearner(backbone, config)
     # A policy some way from the base: with B = 0 the adapter would not be tested.
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def measure(
     )
     prompts = [PROMPTS[i * len(PROMPTS) // samples] for i in range(samples)]
     trajectory, _ = sampler.sample(prompts, np.arange(samples), 0)
-    steps = np.tile(np.array(learner.table.trainable), (samples, 1))
+    steps = np.tile(np.array(learner.process.trainable), (samples, 1))
     pairs = Pairs.of(np.arange(samples), steps)
     stored = torch.from_numpy(trajectory.log_probs[pairs.sample, pairs.step])
     rows = []

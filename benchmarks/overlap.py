@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 
 from texforce_ray import train
-from texforce_ray.config_io import load_config
+from texforce_ray.config.io import load_config
 from texforce_ray.records.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]

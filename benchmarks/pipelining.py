@@ -2,10 +2,10 @@
 
     python benchmarks/pipelining.py [--ratios 1:1 2:1 1:2] [--add]
 
-The real driver with stand-ins that sleep (stand_ins.py): for each ratio of an iteration's sampling
-time s to its learning time l, a run with k = 0, which takes s + l, and one with k = 1, which takes
-max(s, l) at best. Writes benchmarks/results/pipelining.json and pipelining.md; with --add, ratios
-that are not measured again stay.
+The real driver with stand-ins that sleep (texforce_ray.testing.stand_ins): for each ratio of an
+iteration's sampling time s to its learning time l, a run with k = 0, which takes s + l, and one
+with k = 1, which takes max(s, l) at best. Writes benchmarks/results/pipelining.json and
+pipelining.md; with --add, ratios that are not measured again stay.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from released_schedule import ReleasedSchedule
 from torch import Tensor
 
 from texforce_ray.config import Config
-from texforce_ray.config_io import load_config
+from texforce_ray.config.io import load_config
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.diffusion.trajectory import concatenate
 from texforce_ray.model.backbone import load_backbone
@@ -34,21 +34,21 @@ from texforce_ray.model.flops import matmul_peak, pair_flops, sample_flops
 from texforce_ray.records.metrics import read_metrics
 from texforce_ray.rewards import arguments, resolve
 from texforce_ray.rewards.base import load_reward
-from texforce_ray.rl.learner import Learner
-from texforce_ray.rl.trainer import UpdateBatch
+from texforce_ray.rl.ppo_learner import PpoLearner
+from texforce_ray.rl.sharding import UpdateBatch
 
 SETTINGS = (
     "diffusion.guidance_scale=5",
-    "ppo.timestep_choice=random",
+    "objective.timestep_choice=random",
     "prompts.per_iteration=4",
     "prompts.samples_per_prompt=16",
-    "lora.rank=16",
-    "lora.alpha=16",
+    "lora.text_encoder.rank=16",
+    "lora.text_encoder.alpha=16",
 )
 FULL = (
     "diffusion.steps=50",
     "model.dtype=float16",
-    "ppo.decoupled=never",
+    "objective.decoupled=never",
     "rollout.batch_size=16",
     "learner.microbatch_size=16",
 )
@@ -67,7 +67,7 @@ class Plain:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         backbone = load_backbone(config.model.path, dtype=config.model.dtype, device=device)
         self.backbone = backbone
-        self.learner = Learner(backbone, config)
+        self.learner = PpoLearner(backbone, config)
         self.released = ReleasedSchedule(self.learner)
         d, reward = config.diffusion, config.rewards[0]
         self.sampler = Sampler(
@@ -91,7 +91,7 @@ class Plain:
         with torch.no_grad():
             for p in self.learner.parameters:
                 p.copy_((torch.randn(p.shape, generator=noise) * 0.02).to(p.device))
-        self.state = self.learner.state()
+        self.state = self.learner.learned()
 
     def ours(self) -> dict[str, float]:
         """Seconds of each phase of our iteration."""
@@ -128,7 +128,7 @@ class Plain:
         """Largest difference of the first minibatch's gradients, relative to the largest entry."""
         first, _ = self.released.sample(self.prompts, self.seeds)
         batch = self._batch([first])
-        steps = np.tile(np.array(self.learner.table.trainable[:2]), (len(self.prompts), 1))
+        steps = np.tile(np.array(self.learner.process.trainable[:2]), (len(self.prompts), 1))
         rows = self.learner._minibatches(batch, 0)[0]
         theirs = self.released.gradient(batch, rows, steps)
         ours = self._our_gradient(batch, rows, steps)
@@ -139,10 +139,10 @@ class Plain:
     def _our_gradient(
         self, batch: UpdateBatch, rows: np.ndarray, steps: np.ndarray
     ) -> list[Tensor]:
-        from texforce_ray.rl.learner import _Totals
+        from texforce_ray.rl.ppo_totals import Totals
 
         anchor = torch.from_numpy(batch.trajectory.log_probs)
-        totals = [_Totals(self.backbone.device)]
+        totals = [Totals(self.backbone.device)]
         return self.learner._minibatch_gradient(
             batch, rows, steps, anchor, torch.ones_like(anchor), totals
         )

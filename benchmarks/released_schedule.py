@@ -12,36 +12,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from texforce_ray import randomness
-from texforce_ray.diffusion import ddim
-from texforce_ray.diffusion.sampler import draw_noise
+from texforce_ray.diffusion.denoiser import draw_noise, guide
 from texforce_ray.diffusion.trajectory import Trajectory, concatenate
 from texforce_ray.model.backbone import DTYPES, Backbone
 from texforce_ray.model.conditioning import Conditioning
 from texforce_ray.rl import ppo
-from texforce_ray.rl.learner import Learner
-from texforce_ray.rl.trainer import UpdateBatch
+from texforce_ray.rl.ppo_learner import PpoLearner, trained_steps
+from texforce_ray.rl.sharding import UpdateBatch
 
 BATCH = 4
 
 
 class ReleasedSchedule:
-    """Samples, scores and trains on the adapter of a `Learner`, in the released order."""
+    """Samples, scores and trains on the adapter of a `PpoLearner`, in the released order."""
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, learner: PpoLearner) -> None:
         self.learner, self.config = learner, learner.config
         self.backbone: Backbone = learner.backbone
-        self.table = learner.table
+        self.process = learner.process
         self.scale = learner.config.diffusion.guidance_scale
         self.storage = DTYPES[learner.config.diffusion.storage_dtype]
 
     def _mean(self, ids: Sequence[Tensor], x: Tensor, step: Tensor) -> Tensor:
         """Encode both prompts, predict, guide: all of it at each call."""
-        backbone, timesteps = self.backbone, self.table.timesteps[step]
+        backbone, timesteps = self.backbone, self.process.timesteps[step]
         conditioning = backbone.encode(ids)
         if self.scale <= 1:
             output = backbone.predict(x, timesteps, conditioning).float()
-            return ddim.step_mean(self.table, step, x, output)
+            return self.process.mean(step, x, output)
         empty = backbone.encode(backbone.tokenize([""] * len(x)).ids)
         output = backbone.predict(
             torch.cat([x, x]),
@@ -49,8 +47,8 @@ class ReleasedSchedule:
             Conditioning.cat([empty, conditioning]),
         )
         unconditional, conditional = output.float().chunk(2)
-        guided = ddim.guide(unconditional, conditional, self.scale)
-        return ddim.step_mean(self.table, step, x, guided)
+        guided = guide(unconditional, conditional, self.scale)
+        return self.process.mean(step, x, guided)
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], seeds: np.ndarray) -> tuple[Trajectory, np.ndarray]:
@@ -64,34 +62,35 @@ class ReleasedSchedule:
         return concatenate(parts), np.concatenate(images)
 
     def _sample(self, prompts: Sequence[str], seeds: np.ndarray) -> tuple[Trajectory, np.ndarray]:
-        backbone, table = self.backbone, self.table
+        backbone, process = self.backbone, self.process
         ids = backbone.tokenize(prompts).ids
         # In sampling, the pipeline encodes once for each batch.
         conditioning = backbone.encode(ids)
         if self.scale > 1:
             empty = backbone.encode(backbone.tokenize([""] * len(prompts)).ids)
             conditioning = Conditioning.cat([empty, conditioning])
-        start, *noise = draw_noise(backbone, seeds, len(table.timesteps))
-        x = (start * backbone.init_noise_sigma).to(self.storage).float()
+        start, *noise = draw_noise(backbone, seeds, len(process))
+        x = process.start(start).to(self.storage).float()
         latents, log_probs = [x], []
-        for index in range(len(table.timesteps)):
+        for index in range(len(process)):
             step = torch.full((len(prompts),), index, device=x.device)
-            timesteps = table.timesteps[step]
+            timesteps = process.timesteps[step]
             if self.scale > 1:
                 output = backbone.predict(
                     torch.cat([x, x]), torch.cat([timesteps, timesteps]), conditioning
                 )
-                output = ddim.guide(*output.float().chunk(2), self.scale)
+                output = guide(*output.float().chunk(2), self.scale)
             else:
                 output = backbone.predict(x, timesteps, conditioning).float()
-            mean = ddim.step_mean(table, step, x, output)
-            x = ddim.add_noise(table, step, mean, noise[index]).to(self.storage).float()
+            mean = process.mean(step, x, output)
+            x = process.advance(step, mean, noise[index]).to(self.storage).float()
             latents.append(x)
-            log_probs.append(ddim.log_prob(table, step, x, mean))
+            log_probs.append(process.log_prob(step, x, mean))
         trajectory = Trajectory(
             prompt_ids=tuple(part.numpy() for part in ids),
             latents=torch.stack(latents, 1).to(self.storage).cpu().numpy(),
-            timesteps=table.timesteps.cpu().numpy(),
+            slots=np.tile(np.arange(len(latents)), (len(prompts), 1)),
+            timesteps=process.timesteps.cpu().numpy(),
             log_probs=torch.stack(log_probs, 1).cpu().numpy(),
             prompts=tuple(prompts),
             seeds=np.asarray(seeds),
@@ -102,14 +101,8 @@ class ReleasedSchedule:
     def update(self, batch: UpdateBatch) -> None:
         """All epochs and minibatches of one iteration, those of the learner."""
         config, learner = self.config, self.learner
-        steps = randomness.trained_steps(
-            config.seed,
-            learner.version,
-            len(batch),
-            learner._trainable_steps(),
-            config.trained_timesteps,
-        )
-        for epoch in range(config.ppo.epochs):
+        steps = trained_steps(config, learner.process, learner.version, len(batch))
+        for epoch in range(config.update.epochs):
             for rows in learner._minibatches(batch, epoch):
                 learner._apply(self.gradient(batch, rows, steps))
         learner.version += 1
@@ -134,7 +127,7 @@ class ReleasedSchedule:
                 with torch.enable_grad():
                     mean = self._mean(ids, x, step)
                     result = ppo.clipped_loss(
-                        ddim.log_prob(self.table, step, following, mean),
+                        self.process.log_prob(step, following, mean),
                         torch.from_numpy(trajectory.log_probs[four, index]).to(device),
                         torch.from_numpy(batch.advantages[four]).float().to(device),
                         self.config.ppo.clip_range,

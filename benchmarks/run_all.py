@@ -3,7 +3,7 @@
     python benchmarks/run_all.py [NAME ...]
 
 Runs each script as a process of its own; writes benchmarks/results/bench.json and bench.md. A
-script that fails is named there, and the others go on.
+script that fails is named there, and the others still run.
 """
 
 from __future__ import annotations

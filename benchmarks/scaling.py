@@ -3,10 +3,11 @@
     python benchmarks/scaling.py [--most 64] [--nodes 1 2 4] [--add]
 
 The real driver, pools and object store, with actors that sleep for the GPU's time and pass arrays
-of Stable Diffusion 1.5's sizes (stand_ins.py): R = 1, 2, 4, ... actors on one node (k = 1), some of
-them again with k = 0, where every actor waits for the next version and publishing can be timed, and
-the same number of actors over 1, 2 and 4 nodes of a cluster (all on this machine). Every actor has
-as many units in an iteration whatever R is, so iterations should take equally long.
+of Stable Diffusion 1.5's sizes (texforce_ray.testing.stand_ins): R = 1, 2, 4, ... actors on one
+node (k = 1), some of them again with k = 0, where every actor waits for the next version and
+publishing can be timed, and the same number of actors over 1, 2 and 4 nodes of a cluster (all on
+this machine). Every actor has as many units in an iteration whatever R is, so iterations should
+take equally long.
 
 Writes benchmarks/results/scaling.json and scaling.md; with --add, rows that are not measured again
 stay. Figures are of the steady state: from the end of the second update to that of the last one.
@@ -28,12 +29,12 @@ from typing import Any
 
 import numpy as np
 import ray
-import stand_ins
 from ray.cluster_utils import Cluster
 
 from texforce_ray.config import Config
-from texforce_ray.config_io import make_config
-from texforce_ray.driver import train
+from texforce_ray.config.io import make_config
+from texforce_ray.driver.training import train
+from texforce_ray.testing import stand_ins
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
@@ -186,7 +187,6 @@ def cluster(nodes: int, rollouts: int) -> Iterator[None]:
             started.add_node(**room, object_store_memory=GIB)
         ray.init(
             address=started.address,
-            runtime_env=stand_ins.environment(),
             logging_level=logging.WARNING,
             log_to_driver=False,
         )

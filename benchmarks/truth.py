@@ -28,15 +28,15 @@ from torch import Tensor
 
 from tests.miniatures import FAMILIES, build
 from texforce_ray.config import Config
-from texforce_ray.config_io import load_config
+from texforce_ray.config.io import load_config
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.model.backbone import DTYPES, load_config_backbone
 from texforce_ray.model.effect import EffectProbe
 from texforce_ray.rl import ppo
-from texforce_ray.rl.learner import Learner
 from texforce_ray.rl.likelihood import Pairs
+from texforce_ray.rl.ppo_learner import PpoLearner
 from texforce_ray.rl.precision import agreement, in_float32
-from texforce_ray.rl.trainer import UpdateBatch
+from texforce_ray.rl.sharding import UpdateBatch
 
 PROMPTS = ("a green circle", "two red squares", "a green circle", "three blue triangles")
 SEEDS = np.arange(4)
@@ -51,10 +51,10 @@ def make_config(path: Path, dtype: str, steps: int, guidance: float, device: str
         [
             f"model.path={path}", f"model.dtype={dtype}", f"model.device={device}",
             f"diffusion.storage_dtype={storage}", f"diffusion.steps={steps}",
-            f"diffusion.guidance_scale={guidance}", "ppo.timestep_choice=random",
-            "ppo.timestep_fraction=1.0", "prompts.per_iteration=2",
-            "prompts.samples_per_prompt=2", "ppo.num_minibatches=1", "rollout.batch_size=4",
-            "learner.microbatch_size=4", "lora.rank=16", "lora.alpha=16",
+            f"diffusion.guidance_scale={guidance}", "objective.timestep_choice=random",
+            "objective.timestep_fraction=1.0", "prompts.per_iteration=2",
+            "prompts.samples_per_prompt=2", "update.minibatches=1", "rollout.batch_size=4",
+            "learner.microbatch_size=4", "lora.text_encoder.rank=16", "lora.text_encoder.alpha=16",
             "advantage.mode=batch",
         ],
     )  # fmt: skip
@@ -69,7 +69,7 @@ def measure(name: str, config: Config, device: str, *, compiled: bool) -> dict[s
     backbone = load_config_backbone(config, num_gpus=1)
     if compiled:
         backbone.compile()
-    learner, d = Learner(backbone, config), config.diffusion
+    learner, d = PpoLearner(backbone, config), config.diffusion
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():  # with B = 0 half of the gradient would be 0
         for p in learner.parameters:
@@ -83,7 +83,7 @@ def measure(name: str, config: Config, device: str, *, compiled: bool) -> dict[s
         decode_batch_size=4,
     )
     trajectory, _ = sampler.sample(PROMPTS, SEEDS, 0)
-    steps = np.tile(np.array(learner.table.trainable), (len(SEEDS), 1))
+    steps = np.tile(np.array(learner.process.trainable), (len(SEEDS), 1))
     pairs = Pairs.of(np.arange(len(SEEDS)), steps)
     stored = torch.from_numpy(trajectory.log_probs[pairs.sample, pairs.step])
     found = learner.likelihood.log_probs(trajectory, pairs).cpu()

@@ -23,12 +23,12 @@ from full_size import make_pipeline
 from torch.profiler import ProfilerActivity, profile
 
 from texforce_ray.config import Config
-from texforce_ray.config_io import load_config
+from texforce_ray.config.io import load_config
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.model.backbone import load_backbone
 from texforce_ray.model.flops import matmul_peak, pair_flops, sample_flops
-from texforce_ray.rl.learner import Learner
-from texforce_ray.rl.trainer import UpdateBatch
+from texforce_ray.rl.ppo_learner import PpoLearner
+from texforce_ray.rl.sharding import UpdateBatch
 
 _SHOWN = 8
 SIZES = {"sd15": (2, 4, 8, 16, 32), "tiny": (2, 4), "shapes": (8, 32)}
@@ -40,7 +40,7 @@ class Work:
     def __init__(self, config: Config, device: str) -> None:
         self.config = config
         self.backbone = load_backbone(config.model.path, dtype=config.model.dtype, device=device)
-        self.learner = Learner(self.backbone, config)
+        self.learner = PpoLearner(self.backbone, config)
         d = config.diffusion
         self.sampler = Sampler(
             self.backbone,
@@ -64,7 +64,7 @@ class Work:
         return self.sampler.sample(["a green circle"] * size, np.arange(size), 0)[0]
 
     def update(self, size: int, trajectory: Any) -> None:
-        state = self.learner.state()
+        state = self.learner.learned()
         advantages = np.linspace(-1, 1, size)
         self.learner.update(UpdateBatch(trajectory, advantages, np.ones(size, dtype=bool)))
         self.learner.load(state)
@@ -154,13 +154,13 @@ def main() -> None:
 
 
 def _config(options: argparse.Namespace, folder: Path, size: int) -> Config:
-    overrides = ["diffusion.guidance_scale=5", "ppo.timestep_choice=random"]
+    overrides = ["diffusion.guidance_scale=5", "objective.timestep_choice=random"]
     if options.size != "shapes":
         path = folder / "pipeline"
         if not path.exists():
             make_pipeline(path, options.size)
         dtype = "float16" if options.size == "sd15" else "float32"
-        overrides += [f"model.path={path}", f"model.dtype={dtype}", "ppo.decoupled=never"]
+        overrides += [f"model.path={path}", f"model.dtype={dtype}", "objective.decoupled=never"]
         overrides += ["diffusion.steps=10"]  # of 50: a step costs the same whichever it is
     return load_config(
         ROOT / "configs" / "shapes.yaml",
@@ -170,7 +170,7 @@ def _config(options: argparse.Namespace, folder: Path, size: int) -> Config:
             f"prompts.samples_per_prompt={size}",
             f"rollout.batch_size={size}",
             f"learner.microbatch_size={size}",
-            "ppo.num_minibatches=1",
+            "update.minibatches=1",
             *options.overrides,
         ],
     )

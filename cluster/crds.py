@@ -103,9 +103,9 @@ def load_schemas(folder: Path) -> Schemas:
 
 
 def closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """An OpenAPI v3 schema as the JSON schema that finds what an API server drops or refuses.
+    """An OpenAPI v3 schema as the JSON schema that finds what an API server drops or rejects.
 
-    Fields that it does not name are errors (the server prunes them without a word), `nullable` and
+    Fields that it does not name are errors (the server drops them silently), `nullable` and
     integers' formats become what they mean. Lists' keys and CEL rules: see `_extensions`.
     """
     kept = dict(schema)

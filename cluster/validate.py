@@ -49,7 +49,7 @@ def render(overlay: Path) -> list[Document]:
     """The overlay's documents.
 
     Raises:
-        SystemExit: there is no kustomize, or it refuses the overlay; with its own words.
+        SystemExit: kustomize is missing, or it rejects the overlay; with its output.
     """
     command = kustomize()
     if command is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from texforce_ray.config_help import markdown
+from texforce_ray.config.help import markdown
 
 ROOT = Path(__file__).parents[1]
 FROM_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}

@@ -1,10 +1,10 @@
-"""Two adapters in stock diffusers, mixed while drawing. Needs nothing of this package.
+"""Two adapters in stock diffusers, mixed while drawing. Does not need this package.
 
     python examples/blend_adapters.py texforce_ray/shapes/weights runs/A/adapter runs/B/adapter \
         --weights 1.0 0.5 --prompt "three red squares" --out blend.png
 
-Both adapters must be of this base model. What is drawn is the exact sum of the two updates. To keep
-a blend as an adapter of its own: python -m texforce_ray.fuse runs/A/adapter=1.0 runs/B/adapter=0.5
+Both adapters must be for this base model. The images show the exact sum of the two updates. To keep
+a blend as an adapter of its own: python -m texforce_ray.fuse runs/A/adapter 'runs/B/adapter*0.5'
 --out blend.
 """
 

@@ -1,11 +1,11 @@
-"""A reward of one's own with a package of its own: how much of the image has the colour asked for.
+"""Your own reward, with a package of its own: how much of the image has the requested colour.
 
     python -m texforce_ray.rewards.check --config examples/custom_reward.yaml   # try it
     python -m texforce_ray.run --config examples/custom_reward.yaml             # train with it
 
 The config names this class and its requirement. The core does not have webcolors, so the reward's
 servers run in an environment of their own, which is built once on each node. It holds numpy, Ray
-and what `requirements` says: no torch, so keep imports to what you ask for there.
+and the packages in `requirements`, but no torch: import only what you list there.
 """
 
 from __future__ import annotations

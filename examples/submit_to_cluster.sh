@@ -20,14 +20,14 @@ export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
 export RAY_API_SERVER_ADDRESS=${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}
 
 # Excluded: what the nodes do not need. Uploads are limited to 100 MiB.
-# STOP_WAIT: what `ray job stop` gives the driver to leave a checkpoint (Ray's default is 3 s).
+# STOP_WAIT: how long `ray job stop` lets the driver write a checkpoint (Ray's default is 3 s).
 environment='{
   "excludes": [".git", ".venv", ".tools", "runs", "build", "docs"],
   "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
 }'
 
-# It follows the job's log; Ctrl-C leaves the job running. `ray job stop ID` ends it with a checkpoint.
-# --resume auto: submitted again (or retried by an operator), the run goes on where it was.
+# This follows the job's log; Ctrl-C leaves the job running. `ray job stop ID` ends it with a checkpoint.
+# --resume auto: submitted again (or retried by an operator), the run resumes where it stopped.
 exec ray job submit --submission-id "${SUBMISSION_ID:-$(basename "$run_dir")-$(date +%s)}" \
     --working-dir . --runtime-env-json "$environment" -- \
     python -m texforce_ray.run --config "$config" --resume auto "run_dir=$run_dir" "$@"

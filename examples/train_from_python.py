@@ -1,8 +1,8 @@
-"""A run as a function call, and what it leaves.
+"""A run as a function call, and the files that it writes.
 
     python examples/train_from_python.py configs/shapes.yaml iterations=8
 
-In a notebook `train` works likewise: it brings an event loop of its own.
+`train` also works in a notebook: it runs its own event loop.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import sys
 import pyarrow.parquet as pq
 
 from texforce_ray import train
-from texforce_ray.config_io import load_config
+from texforce_ray.config.io import load_config
 from texforce_ray.errors import TexForceError
 
 
 def main(file: str = "configs/smoke.yaml", *overrides: str) -> None:
     """Train, then read the run's records as any script could."""
     try:
-        config = load_config(file, overrides)  # checked: a wrong key ends here
+        config = load_config(file, overrides)  # a wrong key fails here
         result = train(config)
-    except TexForceError as error:  # whatever a user can act on; anything else is a bug
+    except TexForceError as error:  # all that a user can act on; anything else is a bug
         sys.exit(f"error: {error}")
 
     lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from texforce_ray.driver import train
+    from texforce_ray.driver.training import train
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "train"]
@@ -16,7 +16,7 @@ __all__ = ["__version__", "train"]
 
 def __getattr__(name: str) -> Any:
     if name == "train":
-        from texforce_ray.driver import train
+        from texforce_ray.driver.training import train
 
         return train
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

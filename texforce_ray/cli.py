@@ -1,6 +1,6 @@
 """The installed command: `texforce-ray run ...` is `python -m texforce_ray.run ...`, and so on.
 
-Nothing but the chosen command is imported, so that `--help` answers at once.
+Imports only the chosen command, so that `--help` responds at once.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import sys
 
 from texforce_ray import __version__
 
-# Name, module with main(arguments) -> exit code, what it does.
+# Name: (module with main(arguments) -> exit code, what it does).
 COMMANDS = {
     "run": ("texforce_ray.run", "train, resume, check a config (--dry-run)"),
     "evaluate": ("texforce_ray.evaluate", "compare adapters with their base"),
     "fuse": ("texforce_ray.fuse", "blend adapters without training"),
-    "report": ("texforce_ray.report", "one HTML page of a run, or of several"),
-    "status": ("texforce_ray.status", "look at a run while it runs"),
+    "report": ("texforce_ray.report", "write an HTML page about one run or several"),
+    "status": ("texforce_ray.status", "watch a run"),
     "judge": ("texforce_ray.judge", "let a vision-language model rank policies"),
-    "capacity": ("texforce_ray.capacity", "how many GPUs for which role"),
+    "capacity": ("texforce_ray.capacity", "plan how many GPUs each role needs"),
     "check-rewards": ("texforce_ray.rewards.check", "try rewards before a long run"),
     "serve-reward": ("texforce_ray.rewards.serve", "serve a reward over HTTP"),
-    "help-config": ("texforce_ray.config_help", "every key of the configuration"),
+    "help-config": ("texforce_ray.config_help", "explain every key of the configuration"),
 }
 _WRONG_USE = 2
 
@@ -40,8 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"texforce-ray: no command {name!r}\n\n{usage()}", file=sys.stderr)
         return _WRONG_USE
-    # As `python -m` does: Ray's usage statistics stay off unless asked for, and the working
-    # directory holds the user's own rewards.
+    # Match `python -m`: Ray's usage statistics are off by default, and the user's own rewards can
+    # be imported from the working directory.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     sys.path.insert(0, os.getcwd())
     return importlib.import_module(COMMANDS[name][0]).main(rest)
@@ -52,7 +52,7 @@ def usage() -> str:
     lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: texforce-ray COMMAND [arguments]; COMMAND --help says more",
+            "usage: texforce-ray COMMAND [arguments]; see COMMAND --help for details",
             "",
             *lines,
             "",

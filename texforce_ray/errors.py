@@ -1,4 +1,4 @@
-"""Errors that a user meets. Each message says what is wrong, what was found, and what to do.
+"""Errors shown to users. Each message states what is wrong, what was found, and what to do.
 
 Imports nothing of the package: reward environments import this file without torch or pydantic.
 """
@@ -10,11 +10,15 @@ from typing import Any
 
 
 class TexForceError(Exception):
-    """Base of all errors of this package that a user can act on."""
+    """Base class of all errors in this package that a user can act on."""
 
 
 class ConfigError(TexForceError):
-    """The configuration is wrong: names the key, what it got, and what would be right."""
+    """The configuration is wrong; the message names the key, its value, and what is valid."""
+
+
+class MovedKeysError(ConfigError):
+    """The configuration has keys of an earlier version; the message gives their present names."""
 
 
 class PromptError(TexForceError):
@@ -26,7 +30,7 @@ class RunDirectoryError(TexForceError):
 
 
 class CheckpointError(TexForceError):
-    """No usable checkpoint where one was asked for."""
+    """There is no usable checkpoint where one was requested."""
 
 
 class RewardError(TexForceError):
@@ -34,15 +38,15 @@ class RewardError(TexForceError):
 
 
 class ResourceError(TexForceError):
-    """The Ray cluster has no room for the actors that the config asks for."""
+    """The Ray cluster has no room for the actors that the config requests."""
 
 
 class ActorError(TexForceError):
-    """An actor failed for good: names the actor, its task and the cause."""
+    """An actor failed permanently; the message names the actor, its task and the cause."""
 
 
 class NobodyLeftError(ActorError):
-    """All actors of a role are gone for good: the run cannot go on, whatever the task."""
+    """All actors of a role are permanently gone, so the run cannot continue, whatever the task."""
 
 
 class BudgetSpentError(ActorError):
@@ -50,23 +54,23 @@ class BudgetSpentError(ActorError):
 
 
 class DeviceError(TexForceError):
-    """A GPU failed or ran out of memory: the process that used it is started again."""
+    """A GPU failed or ran out of memory; the process that used it is restarted."""
 
 
 class LostObjectError(TexForceError):
-    """Data went with the node that held it; whoever asked for it has it made again."""
+    """Data was lost with the node that held it; the caller has it recomputed."""
 
 
 class PeerLostError(TexForceError):
-    """A learner lost the others that it works with; all of them are started again."""
+    """A learner lost contact with its peers; all learners are restarted."""
 
 
 class NumericsError(TexForceError):
-    """Learner and sampler disagree about log-probabilities beyond the configured bound."""
+    """Learner and sampler disagree, or gradients or weights are not finite or not usable."""
 
 
 class EffectError(TexForceError):
-    """An actor does not sample with the policy that was published, or training changes nothing."""
+    """An actor does not sample with the published policy, or training changes nothing."""
 
 
 class Interrupted(TexForceError):  # noqa: N818 - not a fault: the run was asked to stop
@@ -84,16 +88,16 @@ _MEMORY = re.compile(r"out of memory|_ALLOC_FAILED|OutOfMemoryError", re.IGNOREC
 
 
 def is_device_fault(error: BaseException) -> bool:
-    """Whether a GPU is to blame: its process cannot be trusted with further work.
+    """Whether a GPU is at fault, so that its process is unfit for further work.
 
-    Told by names and words: neither the driver nor every reward's environment has torch.
+    Matches class names and messages: the driver and some reward environments have no torch.
     """
     types = {base.__name__ for base in type(error).__mro__ if base.__module__ != "ray.exceptions"}
     return bool(types & _DEVICE_TYPES) or _DEVICE.search(str(error)) is not None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device fault says that its memory was too small."""
+    """Whether a device fault is due to lack of memory."""
     return _MEMORY.search(f"{type(error).__name__}: {error}") is not None
 
 
@@ -114,7 +118,7 @@ def redacted(text: str) -> str:
 
 
 def secrets(values: object, name: str = "") -> list[str]:
-    """Texts in a reward's arguments that their names call secret; those ending in _env name one."""
+    """Secrets in a reward's arguments, recognized by key; a key ending in _env holds a name."""
     if isinstance(values, dict):
         return [found for key, value in values.items() for found in secrets(value, str(key))]
     if isinstance(values, (list, tuple)):
@@ -124,7 +128,7 @@ def secrets(values: object, name: str = "") -> list[str]:
 
 
 def shareable(values: Any, name: str = "") -> Any:
-    """Plain data of a config without its secrets, for trackers and reports that others see."""
+    """A config's plain data without its secrets, for trackers and reports that others see."""
     if isinstance(values, dict):
         return {key: shareable(value, str(key)) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
@@ -138,7 +142,7 @@ _YAML_LINE = re.compile(r"^([ -]*([\w-]+): *)(\S.*)$", re.MULTILINE)
 
 
 def shareable_yaml(text: str) -> str:
-    """The same for a config as it is written: one value a line."""
+    """Like `shareable`, for a config's text with one value per line."""
 
     def hide(line: re.Match[str]) -> str:
         return f"{line[1]}{_HIDDEN}" if secrets(line[3], line[2]) else line[0]

@@ -2,8 +2,8 @@
 
 `python -m texforce_ray.evaluate --adapter runs/x/adapter --prompts shapes-unseen --out DIR`
 
-Policies x prompt sets: any number of adapters and of weighted sums of adapters (`--fuse`), each on
-every `--prompts`.
+Policies x prompt sets: evaluates any number of adapters and weighted sums of adapters (`--fuse`),
+each on every `--prompts`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from texforce_ray.errors import ConfigError, TexForceError
+from texforce_ray.console import exit_code
+from texforce_ray.errors import ConfigError
 from texforce_ray.paths import check_local, local_path, named, weighted_sum
 
 if TYPE_CHECKING:
     from texforce_ray.config import Config
-    from texforce_ray.evaluation import Evaluation
+    from texforce_ray.driver.evaluation import Evaluation
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,47 +31,47 @@ def parser() -> argparse.ArgumentParser:
         "with bootstrap intervals, paired differences, a comparison grid.",
     )
     commands.add_argument(
-        "--config", type=local_path, help="take model, sampling and rewards from here"
+        "--config", type=local_path, help="take model, sampling and rewards from this file"
     )
     commands.add_argument(
-        "--run", type=local_path, help="likewise, from a run directory, and its adapter"
+        "--run", type=local_path, help="take them, and the adapter, from this run directory"
     )
     commands.add_argument(
         "--trust",
         action="store_true",
-        help="take code, packages, interpreters and services too from the config of --run",
+        help="also accept code, packages, interpreters and services from the config of --run",
     )
     commands.add_argument(
         "--adapter",
         action="append",
         default=[],
         metavar="[NAME=]DIR",
-        help="an exported adapter; may be given several times. A path that holds '=' is taken "
-        "whole if it exists",
+        help="an exported adapter; may be given several times. An existing path may contain '='",
     )
     commands.add_argument(
         "--fuse",
         action="append",
         default=[],
         metavar="NAME=DIR[*W]+DIR[*W]",
-        help="a weighted sum of adapters, exact; may be given several times. Paths that exist may "
-        "hold '*' and '+'",
+        help="an exact weighted sum of adapters; may be given several times. Existing paths may "
+        "contain '*' and '+'",
     )
     commands.add_argument(
         "--prompts",
         action="append",
-        help="built-in set or prompt file (default: the config's); of several, each gets a folder",
+        help="built-in set or prompt file (default: the config's); may be given several times, "
+        "each with its own folder",
     )
-    commands.add_argument("--images", type=int, default=256, help="images of each policy (256)")
+    commands.add_argument("--images", type=int, default=256, help="images per policy (256)")
     commands.add_argument(
         "--save-images",
         type=int,
         default=0,
         metavar="N",
-        help="keep each policy's first N images as files (for texforce_ray.judge)",
+        help="save each policy's first N images as files (for texforce_ray.judge)",
     )
     commands.add_argument("--out", type=local_path, required=True, help="directory for the results")
-    commands.add_argument("overrides", nargs="*", metavar="key.sub=value", help="as for the run")
+    commands.add_argument("overrides", nargs="*", metavar="key.sub=value", help="as for a run")
     return commands
 
 
@@ -79,16 +80,12 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser()
     options = commands.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        configs, policies = _configure(options)
-        summaries = asyncio.run(_evaluate(configs, policies, options))
-    except TexForceError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    _print(summaries, options.out)
-    return 0
+    return exit_code(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    configs, policies = _configure(options)
+    _print(asyncio.run(_evaluate(configs, policies, options)), options.out)
 
 
 Weighted = tuple[float, Path]
@@ -98,7 +95,7 @@ def _configure(
     options: argparse.Namespace,
 ) -> tuple[dict[str, Config], dict[str, list[Weighted]]]:
     """A config for each prompt set, and each policy's adapters with their weights."""
-    from texforce_ray.model.location import adapter_files
+    from texforce_ray.artifacts.location import adapter_files
 
     if options.images < 1:
         raise ConfigError(f"--images: {options.images} should be at least 1")
@@ -121,20 +118,20 @@ def _configure(
     for prompts in options.prompts or [None]:
         label, plain = _prompts(prompts)
         if label in configs:
-            raise ConfigError(f"--prompts: two are named {label!r}; rename a file")
+            raise ConfigError(f"--prompts: two sets are named {label!r}; rename a file")
         configs[label] = _load(options, plain)
     return configs, policies
 
 
 def _load(options: argparse.Namespace, plain: dict[str, Any]) -> Config:
-    from texforce_ray.config_io import load_config
-    from texforce_ray.trust import check_trusted
+    from texforce_ray.config.io import load_config
+    from texforce_ray.config.trust import check_trusted
 
     overrides = options.overrides
     given = {override.partition("=")[0] for override in overrides}
     for name in ("guidance_scale", "eta"):
         if f"diffusion.{name}" in given and f"eval.{name}" not in given:
-            # Nothing is trained here: what is asked for is how the images are drawn.
+            # Nothing is trained here, so the override is meant for drawing the images.
             overrides = [*overrides, f"eval.{name}=null"]
     if options.config is not None or options.run is None:
         return load_config(options.config, overrides, plain=plain)
@@ -163,9 +160,9 @@ def _add(
     policies: dict[str, list[Weighted]], label: str, parts: list[Weighted], instead: str
 ) -> None:
     if label in policies or label == "base":
-        raise ConfigError(f"the name {label!r} is taken; give it another one: {instead}")
+        raise ConfigError(f"the name {label!r} is taken; choose another one: {instead}")
     if "/" in label or label.startswith("."):  # images are saved in a folder of that name
-        raise ConfigError(f"{label!r} cannot be a name; give another one: {instead}")
+        raise ConfigError(f"{label!r} is not a valid name; choose another one: {instead}")
     policies[label] = parts
 
 
@@ -174,80 +171,54 @@ async def _evaluate(
     policies: dict[str, list[Weighted]],
     options: argparse.Namespace,
 ) -> dict[str, dict[str, Any]]:
-    """Everything in one set of actors; a summary for each prompt set."""
-    import ray
+    """Evaluate everything with one set of actors; returns a summary for each prompt set."""
+    from texforce_ray.cluster.connection import connected
+    from texforce_ray.crew.opening import open_crew
+    from texforce_ray.driver.collect import count_truncated
+    from texforce_ray.driver.evaluation import evaluate
+    from texforce_ray.driver.inputs import check_inputs
+    from texforce_ray.files import check_writable
 
-    from texforce_ray.actors.autoscaling import Autoscaler
-    from texforce_ray.actors.connection import connect
-    from texforce_ray.actors.crew import Crew
-    from texforce_ray.actors.environments import prepare_environments
-    from texforce_ray.actors.placement import wait_for_room
-    from texforce_ray.collect import count_truncated
-    from texforce_ray.driver import check_inputs
-    from texforce_ray.evaluation import evaluate
-    from texforce_ray.records.files import check_writable
+    def report(text: str) -> None:
+        print(text, file=sys.stderr)
 
     prompts = {label: check_inputs(config).evaluation for label, config in configs.items()}
-    config = next(iter(configs.values()))  # they differ in the prompts alone
+    config = next(iter(configs.values()))  # they differ only in their prompts
     check_writable(options.out)
-    started = connect(config)
-    autoscaler = Autoscaler(config, learner=False)
-    summaries, crew = {}, None
-    try:
-        await wait_for_room(
-            config,
-            learner=False,
-            autoscaler=autoscaler,
-            say=lambda text: print(text, file=sys.stderr),
-        )
-        crew = Crew(config, await prepare_environments(config), learner=False)
-        await crew.ready()
-        autoscaler.give_back()
-        refs = {name: [await crew.load_policy(parts)] for name, parts in policies.items()}
-        for label, chosen in prompts.items():
-            _, warning = await count_truncated(crew, chosen)
-            if warning:
-                print(warning, file=sys.stderr)
-            results = {}
-            for name, policy in {"base": [], **refs}.items():
-                print(f"evaluating {name} {label and f'on {label} '}...", file=sys.stderr)
-                keep = max(config.eval.grid, options.save_images)
-                results[name] = await evaluate(crew, chosen, options.images, policy, keep)
-            folder = options.out / label if len(configs) > 1 else options.out
-            summaries[label] = _write(configs[label], results, folder)
-            if options.save_images:
-                _save_images(results, options.save_images, folder)
-    finally:
-        autoscaler.give_back()
-        if crew is not None:
-            crew.close()
-        if started:
-            ray.shutdown()
+    summaries = {}
+    with connected(config):
+        async with open_crew(config, learner=False, report=report) as crew:
+            refs = {name: [await crew.load_policy(parts)] for name, parts in policies.items()}
+            for label, chosen in prompts.items():
+                _, warning = await count_truncated(crew, chosen)
+                if warning:
+                    report(warning)
+                results = {}
+                for name, policy in {"base": [], **refs}.items():
+                    report(f"evaluating {name} {label and f'on {label} '}...")
+                    keep = max(config.eval.grid, options.save_images)
+                    results[name] = await evaluate(crew, chosen, options.images, policy, keep)
+                folder = options.out / label if len(configs) > 1 else options.out
+                summaries[label] = _write(configs[label], results, folder)
+                if options.save_images:
+                    _save_images(results, options.save_images, folder)
     return summaries
 
 
 def _write(config: Config, results: dict[str, Evaluation], out: Path) -> dict[str, Any]:
-    from texforce_ray.evaluation import compare
+    from texforce_ray.driver.evaluation import compare, write_results
     from texforce_ray.records.intervals import bootstrap_interval
-    from texforce_ray.records.run_directory import write_evaluation
 
     names = [reward.key for reward in config.rewards]
     base = results["base"]
-    columns: dict[str, Any] = {"prompt": list(base.prompts), "seed": base.seeds}
     means: dict[str, Any] = {}
     for label, result in results.items():
-        values = dict(zip(names, result.rewards.T, strict=True)) | {"total": result.total}
-        columns |= {f"{label}_{name}": column for name, column in values.items()}
-        means[label] = {
-            name: dict(
-                zip(
-                    ("mean", "low", "high"),
-                    (result.means(names)[name], *bootstrap_interval(column, result.prompts)),
-                    strict=True,
-                )
-            )
-            for name, column in values.items()
-        }
+        average = result.means(names)
+        columns = dict(zip(names, result.rewards.T, strict=True)) | {"total": result.total}
+        means[label] = {}
+        for name, column in columns.items():
+            low, high = bootstrap_interval(column, result.prompts)
+            means[label][name] = {"mean": average[name], "low": low, "high": high}
     differences = {
         label: compare(names, base, result) for label, result in results.items() if label != "base"
     }
@@ -267,21 +238,13 @@ def _write(config: Config, results: dict[str, Evaluation], out: Path) -> dict[st
     }
     if len(differences) == 1:
         summary["rewards"] = next(iter(differences.values()))
-    shown = min(config.eval.grid, len(base.shown))
-    write_evaluation(
-        out,
-        summary,
-        columns,
-        [(label, result.shown[:shown]) for label, result in results.items()],
-        base.prompts[:shown],
-        [result.total[:shown].tolist() for result in results.values()],
-    )
+    write_results(out, summary, names, results, config.eval.grid)
     return summary
 
 
 def _save_images(results: dict[str, Evaluation], count: int, out: Path) -> None:
-    """images/NAME/00000.png and prompts.json, in the order of samples.parquet."""
-    from texforce_ray.records.files import atomic_write_text, to_json
+    """Write images/NAME/00000.png and prompts.json, in the order of samples.parquet."""
+    from texforce_ray.files import atomic_write_text, to_json
     from texforce_ray.records.images import save_png
 
     for label, result in results.items():
@@ -292,12 +255,12 @@ def _save_images(results: dict[str, Evaluation], count: int, out: Path) -> None:
 
 
 def _print(summaries: dict[str, dict[str, Any]], out: Path) -> None:
-    """A table, where the files are, and one JSON object in the last line."""
-    from texforce_ray.records.files import to_json
+    """Print a table, where the files are, and one JSON object in the last line."""
+    from texforce_ray.files import to_json
 
     for prompts, summary in summaries.items():
         on = f" on {prompts}" if prompts else ""
-        print(f"{summary['images']} images of each policy{on}, same prompts and seeds")
+        print(f"{summary['images']} images per policy{on}, same prompts and seeds")
         for label in summary["means"]:
             _print_policy(label, summary)
     print(f"results in {out}: summary.json, samples.parquet, comparison.png")

@@ -1,6 +1,6 @@
-"""Blend adapters without training: `python -m texforce_ray.fuse A=1.0 B=0.5 --out DIR`.
+"""Blend adapters without training: `python -m texforce_ray.fuse A B*0.5 --out DIR`.
 
-A and B are adapter directories or LoRA files: of one task each, of the text encoder or the U-Net.
+A and B are adapter directories or LoRA files, of one task each, for the text encoder or the U-Net.
 """
 
 from __future__ import annotations
@@ -13,44 +13,45 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from texforce_ray.errors import ConfigError, TexForceError
+from texforce_ray.console import EXIT_ERROR, exit_code
+from texforce_ray.errors import ConfigError
 from texforce_ray.paths import local_path, weighted
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from texforce_ray.model.snapshot import PolicySnapshot
+    from texforce_ray.artifacts.snapshot import PolicySnapshot
 
 
 def parser() -> argparse.ArgumentParser:
     commands = argparse.ArgumentParser(
         prog="python -m texforce_ray.fuse",
-        description="The weighted sum of adapters: exact (ranks add), or compressed to one rank. "
-        "Text-encoder and U-Net adapters stand side by side in one diffusers-loadable file.",
+        description="Write the weighted sum of adapters: exact (ranks add up), or compressed to "
+        "one rank. Text-encoder and U-Net adapters go into one file that diffusers can load.",
     )
     commands.add_argument(
         "adapters",
         nargs="+",
-        metavar="DIR=WEIGHT",
-        help="e.g. runs/hands/adapter=1.0; a path that holds '=' is taken whole if it exists",
+        metavar="DIR[*WEIGHT]",
+        help="e.g. 'runs/hands/adapter*0.5'; an existing path may contain '*'",
     )
     commands.add_argument("--out", type=local_path, required=True, help="directory of the result")
     commands.add_argument("--rank", type=int, help="compress to this rank by SVD; prints the error")
     commands.add_argument(
-        "--base", metavar="NAME", help="the base model, where the adapters name several or none"
+        "--base", metavar="NAME", help="the base model, if the adapters name several or none"
     )
     commands.add_argument(
         "--merge", metavar="MODEL", help="write a whole pipeline: MODEL with the sum merged into it"
     )
     commands.add_argument(
-        "--sweep", type=int, metavar="N", help="also draw a grid over N weights from 0 to the given"
+        "--sweep", type=int, metavar="N", help="also draw a grid over N weights, 0 to the given one"
     )
     commands.add_argument("--model", help="pipeline for --sweep (default: the adapters' base)")
     commands.add_argument(
-        "--prompts", nargs="+", default=["a green circle", "a hand"], help="prompts of --sweep"
+        "--prompts", nargs="+", default=["a green circle", "a hand"], help="prompts for --sweep"
     )
-    commands.add_argument("--steps", type=int, default=20, help="denoising steps of --sweep")
-    commands.add_argument("--guidance", type=float, default=3.0, help="guidance of --sweep")
+    commands.add_argument("--steps", type=int, default=20, help="denoising steps for --sweep")
+    commands.add_argument("--guidance", type=float, default=3.0, help="guidance for --sweep")
     return commands
 
 
@@ -58,40 +59,36 @@ def main(given: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     options = parser().parse_args(given)
     try:
-        _run(options)
-    except TexForceError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:  # a full disk, mostly, below some library's writer
+        return exit_code(lambda: _run(options))
+    except OSError as error:  # usually a full disk, met inside a library
         print(f"\nerror: cannot write {options.out}: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return EXIT_ERROR
 
 
 def _run(options: argparse.Namespace) -> None:
     if options.sweep and len(options.adapters) > 2:
         raise ConfigError(
-            f"--sweep: draws blends of one or two adapters, not of {len(options.adapters)}"
+            f"--sweep: takes one or two adapters, not {len(options.adapters)}; leave some out"
         )
     if options.sweep is not None and options.sweep < 1:
         raise ConfigError(f"--sweep: {options.sweep} should be at least 1")
     if options.rank is not None and options.rank < 1:
         raise ConfigError(f"--rank: {options.rank} should be at least 1")
-    given = [weighted(text, "=", "DIR=0.5") for text in options.adapters]
-    from texforce_ray.model.location import adapter_files, layers_per_block
-    from texforce_ray.records.files import check_writable
+    terms = [weighted(text) for text in options.adapters]
+    from texforce_ray.artifacts.location import adapter_files, layers_per_block
+    from texforce_ray.files import check_writable
 
-    for path, _ in given:
+    for _, path in terms:
         adapter_files(path)
-    base = options.base or _base([path for path, _ in given])
+    base = options.base or _base([path for _, path in terms])
     check_writable(options.out)
 
+    from texforce_ray.files import atomic_write_text
     from texforce_ray.model.adapter_files import export_adapter, read_adapter
     from texforce_ray.model.fusion import compress, fuse
-    from texforce_ray.records.files import atomic_write_text
 
     blocks = layers_per_block(base)
-    adapters = [(weight, read_adapter(path, None, blocks)) for path, weight in given]
+    adapters = [(weight, read_adapter(path, None, blocks)) for weight, path in terms]
     result, error = fuse(adapters), 0.0
     exact = {part: shape.rank for part, shape in result.shapes.items()}
     if options.rank is not None:
@@ -100,7 +97,7 @@ def _run(options: argparse.Namespace) -> None:
     summary = {
         "out": str(options.out),
         "base": base,
-        "adapters": {str(path): weight for path, weight in given},
+        "adapters": {str(path): weight for weight, path in terms},
         "rank": {part: shape.rank for part, shape in result.shapes.items()},
         "exact_rank": exact,
         "relative_error": error,
@@ -125,20 +122,20 @@ def _base(paths: list[Path]) -> str:
     Raises:
         ConfigError: they name several.
     """
-    from texforce_ray.model.location import base_of
+    from texforce_ray.artifacts.location import base_of
 
     bases = {base: path for path in paths if (base := base_of(path)) is not None}
     if len(bases) > 1:
         found = "; ".join(f"{path} of {base}" for base, path in bases.items())
         raise ConfigError(
-            f"the adapters belong to different base models: {found}. If these are one model under "
-            "several names, say which with --base NAME"
+            f"the adapters belong to different base models: {found}; if these are names of one "
+            "model, choose one with --base NAME"
         )
     return next(iter(bases), "unknown")
 
 
 def _merge(model: str, adapter: PolicySnapshot, out: Path) -> None:
-    """The base pipeline with the updates added to its weights, as a stock pipeline directory."""
+    """Write the base pipeline, updates added to its weights, as a stock pipeline directory."""
     from safetensors import SafetensorError
 
     from texforce_ray.model.backbone import load_backbone
@@ -165,7 +162,7 @@ def _merge(model: str, adapter: PolicySnapshot, out: Path) -> None:
 def _sweep(
     options: argparse.Namespace, adapters: list[tuple[float, PolicySnapshot]], base: str
 ) -> None:
-    """The paper's Fig. 12: the same seed under blends. One adapter: a row; two: a square."""
+    """Draw the paper's Fig. 12, one seed under all blends: a row for one adapter, else a square."""
     import numpy as np
 
     from texforce_ray.diffusion.sampler import Sampler
@@ -185,7 +182,7 @@ def _sweep(
                 weights = [outer, inner] if len(adapters) == 2 else [inner]
                 blend = fuse([(w * f, a) for (w, a), f in zip(adapters, weights, strict=True)])
                 adapter = Adapter(backbone, blend.shapes, seed=0)
-                adapter.load(blend)
+                adapter.load_weights(blend.adapters)
                 images += list(sampler.sample([prompt], np.array([0]), 0)[1])
                 adapter.remove()
                 titles.append(f"{prompt}: {', '.join(f'{w:.2f}' for w in weights)}")

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from texforce_ray import randomness
-from texforce_ray.errors import ConfigError, TexForceError
+from texforce_ray.console import exit_code
+from texforce_ray.errors import ConfigError
+from texforce_ray.files import atomic_write_text, check_writable, to_json
 from texforce_ray.paths import local_path
-from texforce_ray.records.files import atomic_write_text, check_writable, to_json
 from texforce_ray.records.intervals import bootstrap_interval
 from texforce_ray.rewards.answers import parse_ranking
 from texforce_ray.rewards.chat import ChatClient
@@ -39,7 +40,7 @@ _QUESTION = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """One answer. ranks: float64 [P], 1 for the best; NaN where the answer was no ranking."""
+    """One answer. ranks: float64 [P], 1 for the best; NaN if the answer was not a ranking."""
 
     criterion: str
     index: int
@@ -53,30 +54,30 @@ def parser() -> argparse.ArgumentParser:
         description="Rank the policies of an evaluation by a vision-language model.",
     )
     commands.add_argument(
-        "evaluation", type=local_path, help="folder that evaluate --save-images has written"
+        "evaluation", type=local_path, help="folder written by evaluate --save-images"
     )
-    commands.add_argument("--url", required=True, help="of an OpenAI-compatible API (.../v1)")
-    commands.add_argument("--model", required=True, help="the model's name there")
+    commands.add_argument("--url", required=True, help="an OpenAI-compatible API (.../v1)")
+    commands.add_argument("--model", required=True, help="the model's name in that API")
     commands.add_argument("--api-key-env", help="environment variable that holds the key")
-    commands.add_argument("--rounds", type=int, default=3, help="times each question is put (3)")
-    commands.add_argument("--images", type=int, help="use only the first of the saved images")
-    commands.add_argument("--max-requests", type=int, help="ask no more questions than this")
-    commands.add_argument("--concurrency", type=int, default=8, help="questions at once (8)")
-    commands.add_argument("--seed", type=int, default=0, help="of the orders of the images")
+    commands.add_argument("--rounds", type=int, default=3, help="times each question is asked (3)")
+    commands.add_argument("--images", type=int, help="how many of the saved images to use")
+    commands.add_argument("--max-requests", type=int, help="the most questions to ask in all")
+    commands.add_argument("--concurrency", type=int, default=8, help="questions asked at once (8)")
+    commands.add_argument("--seed", type=int, default=0, help="for shuffling the images")
     for name, default in (("max-tokens", 256), ("temperature", 0), ("request-seed", 0)):
         commands.add_argument(
             f"--{name}",
             type=json.loads,
             default=default,
             metavar="X",
-            help=f"of each request ({default}); null leaves it out, for services that refuse it",
+            help=f"sent with each request ({default}); null omits it, if a service rejects it",
         )
     commands.add_argument(
         "--extra-body",
         type=json.loads,
         default={},
         metavar="JSON",
-        help="further fields of each request, e.g. '{\"max_completion_tokens\": 2048}'",
+        help="additional fields of each request, e.g. '{\"max_completion_tokens\": 2048}'",
     )
     return commands
 
@@ -84,45 +85,42 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     options = parser().parse_args(arguments)
-    try:
-        prompts, images = load_images(options.evaluation, options.images)
-        check_writable(options.evaluation)
-        client = ChatClient(
-            options.url,
-            options.model,
-            api_key_env=options.api_key_env,
-            connections=options.concurrency,
-            max_requests=options.max_requests,
-            max_tokens=options.max_tokens,
-            temperature=options.temperature,
-            seed=options.request_seed,
-            extra_body=options.extra_body,
-        )
-        verdicts = judge(
-            client, prompts, list(images.values()), options.rounds, options.seed,
-            options.concurrency,
-        )  # fmt: skip
-    except TexForceError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
+    return exit_code(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    prompts, images = load_images(options.evaluation, options.images)
+    check_writable(options.evaluation)
+    client = ChatClient(
+        options.url,
+        options.model,
+        api_key_env=options.api_key_env,
+        connections=options.concurrency,
+        max_requests=options.max_requests,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        seed=options.request_seed,
+        extra_body=options.extra_body,
+    )
+    policies = list(images.values())
+    verdicts = judge(client, prompts, policies, options.rounds, options.seed, options.concurrency)
     summary = summarize(list(images), verdicts, prompts)
     atomic_write_text(options.evaluation / "judge.json", to_json(summary, indent=2) + "\n")
     _print(summary)
     print(f"results in {options.evaluation / 'judge.json'}")
-    return 0
 
 
 def load_images(folder: Path, limit: int | None) -> tuple[list[str], dict[str, list[np.ndarray]]]:
     """Prompts, and the images of each policy, uint8 [H, W, 3] each.
 
     Raises:
-        ConfigError: no saved images there, or those of fewer than two policies.
+        ConfigError: there are no saved images, or those of fewer than two policies.
     """
     listing = folder / "images" / "prompts.json"
     if not listing.is_file():
         raise ConfigError(
-            f"{folder} holds no images/prompts.json; make it with: python -m texforce_ray.evaluate "
-            f"... --save-images 32 --out {folder}"
+            f"{folder} has no images/prompts.json; create it with: python -m "
+            f"texforce_ray.evaluate ... --save-images 32 --out {folder}"
         )
     try:
         prompts = [str(prompt) for prompt in json.loads(listing.read_text())][:limit]
@@ -134,8 +132,8 @@ def load_images(folder: Path, limit: int | None) -> tuple[list[str], dict[str, l
         raise ConfigError(f"{listing.parent} cannot be read: {error}") from None
     if len(images) < 2 or not prompts:
         raise ConfigError(
-            f"{listing.parent} holds {len(prompts)} images of {len(images)} policies; there is "
-            "nothing to rank"
+            f"{listing.parent} has {len(prompts)} images of {len(images)} policies; a ranking "
+            "needs at least 1 image of 2 policies"
         )
     return prompts, images
 
@@ -148,10 +146,10 @@ def judge(
     seed: int = 0,
     concurrency: int = 8,
 ) -> list[Verdict]:
-    """Every question's verdict: criteria x prompts x rounds; images: [P][N].
+    """Ask all questions, criteria x prompts x rounds, and return their verdicts; images: [P][N].
 
     Raises:
-        RewardError: the service refused, or the budget is used up.
+        RewardError: the service rejected the request, or the budget is used up.
     """
     questions = [
         (criterion, index, number)
@@ -162,7 +160,7 @@ def judge(
 
     def ask(question: tuple[str, int, int]) -> Verdict:
         criterion, index, number = question
-        # Models prefer the first image or the last: every round has an order of its own.
+        # Models prefer the first image or the last, so every round has its own order.
         place = list(CRITERIA).index(criterion)
         rng = randomness.generator(seed, randomness.JUDGE, number, place, index)
         order = rng.permutation(len(images))
@@ -189,7 +187,7 @@ def summarize(
 ) -> dict[str, object]:
     """Mean rank with a 95 % interval, share of first places, wins over the base.
 
-    The interval draws prompts again, those of the images by their index, or else images.
+    The interval resamples prompts (`prompts` lists those of the images) or, without them, images.
     """
     summary: dict[str, object] = {"answers": len(verdicts)}
     summary["unusable"] = int(sum(np.isnan(v.ranks).any() for v in verdicts))
@@ -201,7 +199,7 @@ def summarize(
             continue
         ranks = np.stack([verdict.ranks for verdict in chosen])
         images = np.array([verdict.index for verdict in chosen])
-        # Rounds of one image are no independent samples: their mean is one.
+        # Rounds on one image are not independent samples; their mean is one sample.
         indices = np.unique(images)
         by_image = np.stack([ranks[images == index].mean(axis=0) for index in indices])
         texts = None if prompts is None else [prompts[index] for index in indices]
@@ -221,7 +219,7 @@ def summarize(
 
 
 def _print(summary: dict[str, object]) -> None:
-    print(f"{summary['answers']} answers, {summary['unusable']} of them no ranking")
+    print(f"{summary['answers']} answers, {summary['unusable']} of them without a ranking")
     for criterion in CRITERIA:
         found = summary[criterion]
         assert isinstance(found, dict)

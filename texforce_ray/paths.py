@@ -1,4 +1,4 @@
-"""Paths that a user gives, and weighted paths in command lines. Imports nothing heavy."""
+"""Paths given by users, and weighted paths on command lines. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def check_local(text: str | Path, key: str) -> None:
-    """Refuse a URI where a path of this machine is needed.
+    """Reject a URI where a local path is needed.
 
     Args:
         text: what was given.
         key: the config key or argument, for the message.
 
     Raises:
-        ConfigError: it begins with a scheme, such as s3:// or file://, or no file can have this
+        ConfigError: it begins with a scheme, such as s3:// or file://, or is not a possible file
             name.
     """
     if "\0" in str(text) or re.search("[\ud800-\udfff]", str(text)):
-        raise ConfigError(f"{key}: {str(text)!r} holds characters that are not text; rename it")
+        raise ConfigError(f"{key}: {str(text)!r} contains characters that are not text; rename it")
     if not _URI.match(str(text)):
         return
     if str(text).lower().startswith("file:/"):
-        raise ConfigError(f"{key}: {str(text)!r} is a URI; give the path itself, /data/x")
+        raise ConfigError(f"{key}: {str(text)!r} is a URI; give the path itself, like /data/x")
     raise ConfigError(
-        f"{key}: {str(text)!r} is a URI, and only paths are read and written here; mount the "
-        "storage (s3fs, gcsfuse, NFS, a cluster's volume) and give the path, or copy it from or "
-        "to a local folder"
+        f"{key}: {str(text)!r} is a URI, but only local paths are supported; mount the storage "
+        "(s3fs, gcsfuse, NFS, a cluster's volume) and give its path, or copy the files from or to "
+        "a local folder"
     )
 
 
@@ -46,32 +46,30 @@ def local_path(text: str) -> Path:
     return Path(text)
 
 
-def weighted(text: str, mark: str, example: str) -> tuple[Path, float]:
-    """A path with an optional weight behind it: `DIR*0.5` or `DIR=0.5`.
+def weighted(text: str) -> tuple[float, Path]:
+    """The weight and the path of `DIR*0.5`; without a weight, it is 1.
 
-    A text that is the path of something that exists is taken whole, whatever it holds.
-
-    Args:
-        mark: what stands between path and weight.
-        example: for the message.
+    A text that is an existing path is taken whole, whatever it contains.
 
     Raises:
-        ConfigError: what follows the mark is no number.
+        ConfigError: what follows the last `*` is not a number.
     """
     if os.path.exists(text):  # not Path.exists: it raises for names that are too long
-        return Path(text), 1.0
-    path, found, weight = text.rpartition(mark)
+        return 1.0, Path(text)
+    if re.fullmatch(r".+=[-+.\d]+(e[-+]?\d+)?", text):
+        raise ConfigError(f"{text!r} does not exist; a weight is written after a star: 'DIR*0.5'")
+    path, star, weight = text.rpartition("*")
     try:
-        return (Path(path), float(weight)) if found else (Path(text), 1.0)
+        return (float(weight), Path(path)) if star else (1.0, Path(text))
     except ValueError:
         raise ConfigError(
-            f"{text!r} neither exists nor looks like {example} (a path with {mark!r} in its name "
-            f"is taken whole if it exists; with a weight, write PATH{mark}1)"
+            f"{text!r} neither exists nor looks like DIR*0.5 (a path with '*' in its name is taken "
+            "whole if it exists; with a weight, write PATH*1)"
         ) from None
 
 
 def named(text: str) -> tuple[str, Path]:
-    """Name ('' without one) and path of `[NAME=]DIR`."""
+    """Name ('' if there is none) and path of `[NAME=]DIR`."""
     name, equals, path = text.partition("=")
     if os.path.exists(text) or not equals or "/" in name:
         return "", Path(text)
@@ -79,10 +77,10 @@ def named(text: str) -> tuple[str, Path]:
 
 
 def weighted_sum(text: str) -> list[tuple[float, Path]]:
-    """Weights and paths of `DIR*W+DIR`, split where each path exists: paths may hold `+` too.
+    """Weights and paths of `DIR*W+DIR`, split so that each path exists: paths may contain `+`.
 
     Raises:
-        ConfigError: more than one way to split it, or a term that is none.
+        ConfigError: there is more than one way to split it, or a term is not valid.
     """
     pieces = text.split("+")
     ways = _splits(pieces)
@@ -90,7 +88,7 @@ def weighted_sum(text: str) -> list[tuple[float, Path]]:
         shown = " or ".join(" and ".join(terms) for terms in ways[:2])
         raise ConfigError(f"--fuse: {text!r} can be read as {shown}; rename or link a folder")
     terms = ways[0] if ways else pieces
-    return [(weight, path) for path, weight in (weighted(t, "*", "DIR*0.5") for t in terms)]
+    return [weighted(term) for term in terms]
 
 
 def _splits(pieces: list[str]) -> list[list[str]]:
@@ -107,6 +105,6 @@ def _splits(pieces: list[str]) -> list[list[str]]:
 
 def _exists(term: str) -> bool:
     try:
-        return os.path.exists(weighted(term, "*", "DIR*0.5")[0])
+        return os.path.exists(weighted(term)[1])
     except ConfigError:
         return False

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-# One number per purpose: streams never meet, whatever the seed.
+# One number per purpose: streams never overlap, whatever the seed.
 PROMPTS, NOISE, MINIBATCHES, TIMESTEPS, EVALUATION, BOOTSTRAP, TRUNCATION, JUDGE = range(8)
 
 
 def generator(seed: int, stream: int, *index: int) -> np.random.Generator:
-    """A generator of its own for one purpose and place in the run."""
+    """A separate generator for one purpose and place in the run."""
     return np.random.default_rng([seed, stream, *index])
 
 
@@ -23,8 +23,8 @@ def minibatches(
 ) -> list[np.ndarray]:
     """A shuffled split of `count` samples into equal `parts`, each int64 [count / parts].
 
-    Sample i belongs to shard i * shards // count for good; every part takes equally many of each,
-    the first shard's first.
+    Sample i always belongs to shard i * shards // count; every part takes equally many samples of
+    each shard, those of the first shard first.
     """
     rng = generator(seed, MINIBATCHES, iteration, epoch)
     size = count // shards
@@ -40,7 +40,7 @@ def trained_steps(
 ) -> np.ndarray:
     """For each of `count` samples, `chosen` of the trainable `steps`, ascending: [count, chosen].
 
-    All steps are returned where `chosen` is not smaller than their number.
+    Returns all steps if `chosen` is at least their number.
     """
     chosen = min(chosen, len(steps))
     order = generator(seed, TIMESTEPS, iteration).random((count, len(steps))).argsort(axis=1)

@@ -10,30 +10,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from texforce_ray.errors import Interrupted, TexForceError
+from texforce_ray.console import exit_code
+from texforce_ray.errors import Interrupted
 from texforce_ray.paths import check_local, local_path
 
 if TYPE_CHECKING:
     from texforce_ray.config import Config
-    from texforce_ray.driver import RunResult
-
-EXIT_ERROR = 1
-EXIT_INTERRUPTED = 130
+    from texforce_ray.driver.training import RunResult
 
 
 def parser() -> argparse.ArgumentParser:
     commands = argparse.ArgumentParser(
         prog="python -m texforce_ray.run",
         description="Fine-tune the text encoder of Stable Diffusion by reinforcement learning.",
-        epilog="Exit codes: 0 finished; 1 error; 2 wrong command line; 130 stopped by SIGINT or "
-        "SIGTERM with a checkpoint left behind.",
+        epilog="Exit codes: 0 finished; 1 error; 2 invalid command line; 130 stopped by SIGINT or "
+        "SIGTERM after writing a checkpoint.",
     )
     commands.add_argument("--config", type=local_path, help="YAML file, e.g. configs/shapes.yaml")
     commands.add_argument(
         "--resume",
         metavar="RUN_DIR",
-        help="continue this run from its checkpoint; 'auto': continue the run in the config's "
-        "run_dir if there is one, else start it (for jobs that are retried)",
+        help="resume this run from its checkpoint; 'auto': resume the run in the config's run_dir "
+        "if there is one, else start it (for jobs that are retried)",
     )
     commands.add_argument(
         "--dry-run",
@@ -43,16 +41,16 @@ def parser() -> argparse.ArgumentParser:
     commands.add_argument(
         "--fit",
         action="store_true",
-        help="take the largest plan that fits the cluster: fewer rollout actors, learners and "
-        "reward servers, the same results",
+        help="use the largest plan that fits the cluster: fewer rollout actors, learners and "
+        "reward servers, but the same results",
     )
     commands.add_argument(
         "--profile",
         nargs="?",
         const="1",
         metavar="ITERATIONS",
-        help="profile these iterations, counted from 0, e.g. 1,2 (default 1: the first one still "
-        "warms up), into RUN_DIR/profile",
+        help="write profiles of these iterations, counted from 0, to RUN_DIR/profile, e.g. 1,2 "
+        "(default 1, because iteration 0 is warm-up)",
     )
     commands.add_argument("--help-config", action="store_true", help="explain every key and exit")
     commands.add_argument(
@@ -69,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser()
     options = commands.parse_intermixed_args(arguments)
     if options.help_config:
-        from texforce_ray.config_help import describe
+        from texforce_ray.config.help import describe
 
         print(describe())
         return 0
@@ -79,33 +77,33 @@ def main(arguments: list[str] | None = None) -> int:
     if options.profile and "=" in options.profile:  # --profile alone, then an override
         options.overrides.insert(0, options.profile)
         options.profile = "1"
-    try:
-        plain = _profiled(options.profile)
-        resume = _resumed(options.config, options.resume, options.overrides)
-        config = _configure(options.config, resume, options.overrides, plain)
-        if options.fit:
-            config = _fit(config)
-        if options.dry_run:
-            _dry_run(config)
-            return 0
-        from texforce_ray.driver import train
+    return exit_code(lambda: _run(options))
 
-        result = train(config, resume=resume is not None)
-    except Interrupted as stop:
-        print(f"\n{stop}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+
+def _run(options: argparse.Namespace) -> None:
+    try:
+        _start(options)
     except KeyboardInterrupt:
-        print("\nstopped before the first iteration", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except TexForceError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        raise Interrupted("stopped before the first iteration") from None
+
+
+def _start(options: argparse.Namespace) -> None:
+    plain = _profiled(options.profile)
+    resume = _resumed(options.config, options.resume, options.overrides)
+    config = _configure(options.config, resume, options.overrides, plain)
+    if options.fit:
+        config = _fit(config)
+    if options.dry_run:
+        _dry_run(config)
+        return
+    from texforce_ray.driver.training import train
+
+    result = train(config, resume=resume is not None)
     _print_result(result)
-    return 0
 
 
 def _profiled(text: str | None) -> dict[str, Any]:
-    """The config's key for `--profile 1,2`."""
+    """The config value for `--profile 1,2`."""
     from texforce_ray.errors import ConfigError
 
     if not text:
@@ -122,9 +120,9 @@ def _resumed(file: Path | None, resume: str | None, overrides: list[str]) -> Pat
     """The run to resume, or None to start one.
 
     Raises:
-        ConfigError: 'auto' without a config file, or with a run_dir that is a new one every time.
+        ConfigError: 'auto' without a config file, or with a run_dir that is new every time.
     """
-    from texforce_ray.config_io import load_config, resolve_run_dir
+    from texforce_ray.config.io import load_config, resolve_run_dir
     from texforce_ray.errors import ConfigError
 
     if resume is None:
@@ -134,7 +132,7 @@ def _resumed(file: Path | None, resume: str | None, overrides: list[str]) -> Pat
         return Path(resume)
     if file is None:
         raise ConfigError(
-            "--resume auto: give --config FILE too, to start from where there is nothing to resume"
+            "--resume auto: also give --config FILE, to start a run if there is none to resume"
         )
     config = load_config(file, overrides)
     if "{time}" in config.run_dir:
@@ -149,7 +147,7 @@ def _resumed(file: Path | None, resume: str | None, overrides: list[str]) -> Pat
 def _configure(
     file: Path | None, resume: Path | None, overrides: list[str], plain: dict[str, Any]
 ) -> Config:
-    from texforce_ray.config_io import load_config
+    from texforce_ray.config.io import load_config
     from texforce_ray.records.run_directory import check_same, read_config
 
     if resume is None:
@@ -163,7 +161,7 @@ def _configure(
 
 
 def _fit(config: Config) -> Config:
-    from texforce_ray.plan import changes, fitted
+    from texforce_ray.cluster.plan import changes, fitted
 
     plan = fitted(config)
     print(changes(plan), file=sys.stderr)
@@ -171,9 +169,9 @@ def _fit(config: Config) -> Config:
 
 
 def _dry_run(config: Config) -> None:
-    from texforce_ray.config_io import resolve_run_dir, to_yaml
-    from texforce_ray.driver import check_inputs
-    from texforce_ray.plan import explain
+    from texforce_ray.cluster.plan import explain
+    from texforce_ray.config.io import resolve_run_dir, to_yaml
+    from texforce_ray.driver.inputs import check_inputs
 
     config = resolve_run_dir(config)
     prompts = check_inputs(config)
@@ -185,9 +183,8 @@ def _dry_run(config: Config) -> None:
         f"{config.iterations * config.samples_per_iteration} samples"
     )
     print(
-        f"  each iteration: {_units(config)}, "
-        f"{config.ppo.epochs * config.ppo.num_minibatches} updates of {config.minibatch_size} "
-        f"samples x {config.trained_timesteps} timesteps"
+        f"  each iteration: {_units(config)}, {config.updates_per_iteration} updates of "
+        f"{config.minibatch_size} samples{_pairs(config)}"
     )
     print(f"  evaluation on {len(prompts.evaluation)} prompts; staleness {config.max_staleness}")
     for line in explain(config):
@@ -201,9 +198,13 @@ def _units(config: Config) -> str:
     return f"{config.units_per_iteration} units of {config.rollout.batch_size} samples"
 
 
+def _pairs(config: Config) -> str:
+    return f" x {config.trained_timesteps} timesteps" if config.objective.kind == "ppo" else ""
+
+
 def _print_result(result: RunResult) -> None:
-    """What the run gave and where it lies; the last line is one JSON object for scripts."""
-    from texforce_ray.records.files import to_json
+    """Print the results and where they are; the last line is one JSON object for scripts."""
+    from texforce_ray.files import to_json
 
     total = result.comparison.get("total", {})
     print(f"\nresults in {result.run_dir}")
@@ -249,6 +250,6 @@ def _rounded(value: float | None) -> float | None:
 
 
 if __name__ == "__main__":
-    # A driver's imports of Ray print nothing; its usage statistics stay off unless asked for.
+    # Ray's usage statistics stay off unless asked for, and Ray prints nothing about them.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     sys.exit(main())

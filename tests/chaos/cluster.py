@@ -93,7 +93,7 @@ class Nodes:
 
 @contextmanager
 def nodes(*, memory_faults: bool) -> Iterator[Nodes]:
-    """`memory_faults`: Ray ends whoever takes some GB more than are taken now."""
+    """`memory_faults`: Ray kills a process that takes the machine some GB above its present use."""
     found = Nodes(memory_faults)
     try:
         yield found

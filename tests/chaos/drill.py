@@ -165,7 +165,7 @@ def scenarios(faults: int, seed: int, kinds: Sequence[str] = KINDS) -> list[tupl
     """Runs of several faults, every kind equally often: k and the kinds of each.
 
     A run never has a write's fault right after one that leaves the driver alive: only a driver that
-    is started anew can be born with it.
+    is restarted can be given one.
     """
     rng = random.Random(seed)
     drawn: list[str] = []

@@ -63,7 +63,7 @@ _PATIENCE_S = 60.0
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault and what came of it.
+    """One fault and its outcome.
 
     seconds: until the second iteration after it was done, its own work included.
     """
@@ -87,7 +87,7 @@ def born_with(kind: str, rng: random.Random) -> tuple[str, ...]:
 def inject(
     kind: str, run_dir: Path, job: subprocess.Popen[str], cluster: Nodes, rng: random.Random
 ) -> None:
-    """Bring the fault about, now; who is born with it has it already."""
+    """Inject the fault now; a job that was started with one already has it."""
     if kind in SIGNALS:
         victims = cluster.processes(PROCESSES[kind.partition(" ")[0]])
         if victims:  # or the last fault's victim has not come back yet, which is a fault as well
@@ -110,7 +110,7 @@ def _set_trap(trap: Path, job: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + _PATIENCE_S
     while trap.exists() and job.poll() is None:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"nobody fell into {trap.name}")
+            raise TimeoutError(f"no actor triggered {trap.name}")
         time.sleep(0.01)
 
 

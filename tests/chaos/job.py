@@ -25,16 +25,17 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(HERE)]
+sys.path[:0] = [str(ROOT), str(HERE)]
 
 import ray  # noqa: E402
-import stand_ins  # noqa: E402
 import traps  # noqa: E402
 
-from texforce_ray.actors.crew import Roles  # noqa: E402
-from texforce_ray.config_io import load_config, make_config  # noqa: E402
-from texforce_ray.driver import train  # noqa: E402
+from tests.stand_in_run import EACH, SMALL  # noqa: E402
+from texforce_ray.actors.roles import Roles  # noqa: E402
+from texforce_ray.config.io import load_config, make_config  # noqa: E402
+from texforce_ray.driver.training import train  # noqa: E402
 from texforce_ray.errors import Interrupted, TexForceError  # noqa: E402
+from texforce_ray.testing import stand_ins  # noqa: E402
 
 # Trajectories and images of more than 100 kB: smaller ones Ray keeps with their owner, the driver,
 # where no lost node could take them along.
@@ -42,26 +43,22 @@ SETTINGS = stand_ins.Settings(
     sample_seconds=0.15, update_seconds=0.2, latent_shape=(4, 32, 32), image_size=128
 )
 DAY_S = 86_400.0
-_EACH = {"num_cpus": 0, "num_threads": 1}
 
 
 def configured(run_dir: Path, staleness: int, iterations: int, *, soaking: bool = False) -> Any:
-    """Stand-ins. Deadlines are short, so that who hangs is found within seconds."""
+    """Stand-ins. Deadlines are short, so that a hung actor is detected within seconds."""
     places = {} if soaking else {"resources": {"learner": 1}}
     return make_config(
-        {
+        SMALL
+        | {
             "run_dir": str(run_dir),
             "iterations": iterations,
             "max_staleness": staleness,
-            "diffusion": {"steps": 4},
-            "prompts": {"per_iteration": 4, "samples_per_prompt": 4},
-            "rollout": _EACH
+            "rollout": EACH
             | {"num_workers": 2, "batch_size": 4, "timeout_s": 4, "resources": {"rollout": 1}},
             "rewards": [{"target": traps.REWARD, "timeout_s": 4, "retries": 4, "num_cpus": 0}],
-            "advantage": {"mode": "batch"},
-            "ppo": {"max_ratio_error": 1.0},
             "optimizer": {"lr": 0.05},
-            "learner": _EACH | {"timeout_s": 5, **places},
+            "learner": EACH | {"timeout_s": 5, **places},
             "eval": {"every": 0, "final_images": 0},
             "checkpoint": {"keep_last": 3},
             "ray": {"max_restarts": 40, "start_timeout_s": 120},
@@ -141,8 +138,8 @@ def _roles(trace: str | None) -> Roles:
 
 
 def _environment() -> dict[str, Any]:
-    variables = stand_ins.environment()["env_vars"]
-    path = os.pathsep.join([str(HERE), variables["PYTHONPATH"]])
+    paths = [str(HERE), str(ROOT), os.environ.get("PYTHONPATH", "")]  # for the traps
+    path = os.pathsep.join(filter(None, paths))
     return {"env_vars": {"PYTHONPATH": path, traps.FOLDER: os.environ[traps.FOLDER]}}
 
 
@@ -154,12 +151,13 @@ def _watch_clock() -> None:
 
 
 def _break(what: str, where: str, count: int) -> None:
-    from texforce_ray.records import checkpoint, metrics, run_directory
+    from texforce_ray.driver import recorder
+    from texforce_ray.records import checkpoint, metrics
 
     if where == "checkpoint":
         checkpoint._write = _failing(what, count, checkpoint._write)  # type: ignore[assignment]
     elif where == "samples":
-        run_directory.write_samples = _failing(what, count, run_directory.write_samples)
+        recorder.write_samples = _failing(what, count, recorder.write_samples)
     else:
         log = metrics.MetricsLog
         log.append = _failing(what, count, log.append)  # type: ignore[method-assign]
@@ -175,7 +173,7 @@ def _failing(what: str, count: int, write: Callable[..., Any]) -> Callable[..., 
             return write(*given, **named)
         if what == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        from texforce_ray.records.files import write_error
+        from texforce_ray.files import write_error
 
         error = OSError(errno.ENOSPC, "No space left on device")
         # A checkpoint's writer explains the system's error itself.

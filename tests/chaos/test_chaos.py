@@ -35,7 +35,7 @@ def test_a_long_drill_has_every_kind_equally_often() -> None:
     assert len(drawn) >= 200
     assert {drawn.count(kind) for kind in KINDS} == {10}
     assert {k for k, _ in planned} == {0, 1}
-    for _, kinds in planned:  # only a driver that is started anew can be born with a fault
+    for _, kinds in planned:  # only a driver that is restarted can be given such a fault
         places = [place for place, kind in enumerate(kinds) if kind in WRITES]
         assert all(place == 0 or kinds[place - 1] in ENDING for place in places)
 

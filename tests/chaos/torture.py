@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 
-from texforce_ray.model.snapshot import LearnerState, LoraShape, PolicySnapshot
+from texforce_ray.artifacts.snapshot import LearnerState, LoraShape, PolicySnapshot
 from texforce_ray.records.checkpoint import (
     Checkpoint,
     mark_best,
@@ -59,8 +59,9 @@ def checkpoint(iteration: int) -> Checkpoint:
     shapes = {"text_encoder": LoraShape(16, 16.0, ("q_proj",))}
     snapshot = PolicySnapshot(iteration, shapes, {"text_encoder": tensors})
     moments = {f"{i}/exp_avg": rng.standard_normal((16, 64)) for i in range(8)}
-    state = LearnerState(iteration, 4 * iteration, {"text_encoder": tensors}, moments)
-    return Checkpoint(state, (snapshot,), snapshot, {"a prompt": rng.random(8).tolist()})
+    state = LearnerState(iteration, 4 * iteration, moments)
+    statistics = {"a prompt": rng.random(8).tolist()}
+    return Checkpoint(state, (snapshot,), prompt_statistics=statistics)
 
 
 def same(one: Checkpoint, other: Checkpoint) -> bool:
@@ -71,8 +72,8 @@ def same(one: Checkpoint, other: Checkpoint) -> bool:
         and mine.optimizer.keys() == theirs.optimizer.keys()
         and all(np.array_equal(v, theirs.optimizer[k]) for k, v in mine.optimizer.items())
         and all(
-            np.array_equal(v, theirs.adapters["text_encoder"][k])
-            for k, v in mine.adapters["text_encoder"].items()
+            np.array_equal(v, other.snapshots[-1].adapters["text_encoder"][k])
+            for k, v in one.snapshots[-1].adapters["text_encoder"].items()
         )
     )
 
@@ -90,7 +91,7 @@ def write_for_ever(run_dir: Path, first: int, acknowledge: int) -> None:
 
 
 def torture(run_dir: Path, kills: int, seed: int) -> Outcome:
-    """Kill, look, go on from what is there."""
+    """Kill, look, resume from what is there."""
     rng, outcome, first, acknowledged = random.Random(seed), Outcome(), 1, 0
     for _ in range(kills):
         reading, writing = os.pipe()

@@ -1,4 +1,5 @@
-"""Stand-in actors that break from within when a trap is set: a file, removed by who sees it first.
+"""Stand-in actors that break from within when a trap is set: a file, removed by the first actor
+that sees it.
 
     TRAPS/ROLE-WHAT    role: rollout, reward, learner
 
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import stand_ins
+from texforce_ray.testing import stand_ins
 
 FOLDER = "TEXFORCE_TRAPS"  # environment variable
 SLOW_S = 7.0
@@ -34,7 +35,7 @@ def sprung(role: str, what: str) -> bool:
 
 
 def look(role: str) -> None:
-    """Break, if a trap says so."""
+    """Break as the trap that is set demands, if there is one."""
     if sprung(role, "exits"):
         os._exit(3)
     if sprung(role, "raises"):

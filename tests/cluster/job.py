@@ -11,30 +11,27 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
 import ray  # noqa: E402
-import stand_ins  # noqa: E402
 
-from texforce_ray.config_io import load_config  # noqa: E402
-from texforce_ray.driver import train  # noqa: E402
+from tests.stand_in_run import EACH, SMALL  # noqa: E402
+from texforce_ray.config.io import load_config  # noqa: E402
+from texforce_ray.driver.training import train  # noqa: E402
 from texforce_ray.errors import TexForceError  # noqa: E402
+from texforce_ray.testing import stand_ins  # noqa: E402
 
-BASE = {
-    "diffusion": {"steps": 4},
-    "prompts": {"per_iteration": 4, "samples_per_prompt": 4},
+BASE = SMALL | {
     "rollout": {"num_cpus": 1, "num_threads": 1, "batch_size": 2},
-    "learner": {"num_cpus": 0, "num_threads": 1},
+    "learner": EACH,
     "rewards": [{"target": stand_ins.REWARD, "num_cpus": 0}],
-    "advantage": {"mode": "batch"},
-    "ppo": {"max_ratio_error": 1.0},
     "optimizer": {"lr": 0.05},
     "eval": {"every": 0, "final_images": 0},
 }
 
 
 def main(run_dir: str, address: str, trace: str, seconds: str, *overrides: str) -> int:
-    ray.init(address=address, runtime_env=stand_ins.environment(), log_to_driver=False)
+    ray.init(address=address, log_to_driver=False)
     config = load_config(None, [f"run_dir={run_dir}", *overrides], base=BASE)
     settings = stand_ins.Settings(
         sample_seconds=float(seconds), latent_shape=(4, 2, 2), image_size=16, trace=trace

@@ -48,7 +48,7 @@ class Node:
     agent_port: int
 
     def end(self) -> None:
-        """Ask it to stop; whatever of it is left is killed."""
+        """Ask it to stop; what is left of it is killed."""
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=15)
@@ -63,7 +63,7 @@ class Node:
         return any(what in line for line in self.processes().values())
 
     def pause(self, name: str) -> Callable[[], None]:
-        """Stop the process that has `name` in its command line; returns what lets it go on."""
+        """Stop the process that has `name` in its command line; returns what resumes it."""
         (pid,) = [pid for pid, line in self.processes().items() if name in line]
         os.kill(pid, signal.SIGSTOP)
         return lambda: os.kill(pid, signal.SIGCONT)
@@ -135,7 +135,7 @@ class Rays:
         deadline = time.monotonic() + timeout
         for port in (self.dashboard_port, self.nodes[0].agent_port):
             while not _listens(port):
-                assert time.monotonic() < deadline, f"nobody listens at {port}"
+                assert time.monotonic() < deadline, f"nothing listens at {port}"
                 time.sleep(0.1)
 
     def ray(self, *arguments: str, check: bool = True) -> str:

@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.rays import REPO, Rays, rays, scaling_head
-
-sys.path.insert(0, str(REPO / "benchmarks"))
-import stand_ins
+from texforce_ray.testing import stand_ins
 
 # What is asked of the cluster is asked in a process of its own: whether Ray authenticates is
 # settled when a process first imports it.
@@ -22,7 +20,7 @@ LOOK = """
 import json, sys, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 from ray.experimental.internal_kv import _internal_kv_get
-from texforce_ray.actors.autoscaling import at_work
+from texforce_ray.cluster.autoscaling import at_work
 print(json.dumps({
     "nodes": sum(node["Alive"] for node in ray.nodes()),
     "at_work": at_work(),
@@ -74,7 +72,7 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rays]:
 
 def test_a_run_starts_small_grows_and_lets_the_nodes_go(growing: Rays, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
-    go_on = growing.nodes[0].pause(
+    resume = growing.nodes[0].pause(
         "autoscaler/_private/monitor.py"
     )  # or the nodes might be there before the actors
     job = start(
@@ -83,7 +81,7 @@ def test_a_run_starts_small_grows_and_lets_the_nodes_go(growing: Rays, tmp_path:
     )  # fmt: skip
     await_true(lambda: len(stand_ins.read_trace(trace)) > 2, job)
     assert len(samplers(trace)) == 1
-    go_on()
+    resume()
     # Awaited, not timed: two nodes and their actors have to start.
     await_true(lambda: len(samplers(trace)) == 3, job, patience=150)
     job.terminate()

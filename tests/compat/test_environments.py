@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from texforce_ray.artifacts.location import EMBEDDED
+from texforce_ray.artifacts.snapshot import LoraShape
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.adapter_files import export_adapter
 from texforce_ray.model.backbone import load_backbone
-from texforce_ray.model.location import EMBEDDED
-from texforce_ray.model.snapshot import LoraShape
-from texforce_ray.rewards.environments import Environment, build, default_root
+from texforce_ray.rewards.isolation import Environment, build, default_root
 
 pytestmark = [pytest.mark.slow, pytest.mark.environments, pytest.mark.timeout(3600)]
 

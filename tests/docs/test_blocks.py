@@ -24,7 +24,7 @@ import yaml
 
 from tests.docs.blocks import MARK, REPO, Block, blocks, commands, of_package, pages, parse
 from texforce_ray.config import Config
-from texforce_ray.config_io import load_config
+from texforce_ray.config.io import load_config
 
 ALL = [block for page in pages() for block in blocks(page)]
 SHELL = [block for block in ALL if block.language == "bash"]

@@ -2,7 +2,7 @@
 
     python tests/fuzz/fuzz.py --inputs 2000 [--seed 0] [--surface NAME]
 
-Prints, for each surface: inputs, read all the same, refused with an error of ours, and findings:
+Prints, for each surface: inputs, still read, rejected with an error of this package, and findings:
 other exceptions, more than 10 s, files changed that were only to be read. Ends with 1 if there are
 any, and keeps their inputs in runs/fuzz.
 """
@@ -32,11 +32,11 @@ PATIENCE_S = 10
 
 @dataclass
 class Outcome:
-    """What came of one surface's inputs."""
+    """The results of one surface's inputs."""
 
     inputs: int = 0
     read: int = 0
-    refused: int = 0
+    rejected: int = 0
     findings: list[str] = field(default_factory=list)
 
 
@@ -75,7 +75,7 @@ def _read(surface: Surface, files: Files, outcome: Outcome) -> str | None:
             surface.read(folder)
             outcome.read += 1
         except surface.accepts:
-            outcome.refused += 1
+            outcome.rejected += 1
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             return f"{type(error).__name__}: {str(error)[:200]} ({where.filename}:{where.lineno})"
@@ -110,7 +110,7 @@ def main() -> int:
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     bad = False
-    print("| surface | inputs | read | refused | findings |")
+    print("| surface | inputs | read | rejected | findings |")
     print("| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as scratch:
         for surface in surfaces(Path(scratch)):
@@ -118,7 +118,7 @@ def main() -> int:
                 continue
             found = fuzz(surface, options.inputs, options.seed, ROOT / "runs" / "fuzz")
             print(
-                f"| {surface.name} | {found.inputs} | {found.read} | {found.refused} "
+                f"| {surface.name} | {found.inputs} | {found.read} | {found.rejected} "
                 f"| {len(found.findings)} |",
                 flush=True,
             )

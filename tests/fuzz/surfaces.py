@@ -47,7 +47,7 @@ def surfaces(scratch: Path) -> list[Surface]:
         Surface("prompt file", _prompt_files(scratch), _read_prompts, ours),
         Surface("adapter", _adapters(scratch / "adapter"), _read_adapter, ours),
         Surface("checkpoint, damaged", [checkpoint], _read_checkpoint, ours),
-        # With markers that match: what a checkpoint says is wrong, not how it is stored.
+        # With markers that match: a checkpoint's content is wrong, not how it is stored.
         Surface("checkpoint, forged", [checkpoint], _read_checkpoint, ours, prepare=_marked),
         Surface("run directory: resume", [run], _resume, ours, ("metrics.jsonl", "tensorboard")),
         Surface("run directory: report", [run], _report, ours, ("report.html",)),
@@ -78,13 +78,13 @@ def _configs() -> list[Files]:
 
 
 def _read_config(folder: Path) -> object:
-    from texforce_ray.config_io import load_config, to_yaml
+    from texforce_ray.config.io import load_config, to_yaml
 
     return to_yaml(load_config(folder / "c.yaml"))
 
 
 def _override(folder: Path) -> object:
-    from texforce_ray.config_io import load_config
+    from texforce_ray.config.io import load_config
 
     text = (folder / "override").read_text(encoding="utf-8", errors="surrogateescape")
     return load_config(ROOT / "configs" / "smoke.yaml", [text])
@@ -128,8 +128,8 @@ def _read_prompts(folder: Path) -> object:
 
 
 def _adapters(folder: Path) -> list[Files]:
+    from texforce_ray.artifacts.snapshot import LoraShape, PolicySnapshot
     from texforce_ray.model.adapter_files import export_adapter
-    from texforce_ray.model.snapshot import LoraShape, PolicySnapshot
 
     layer = "text_model.encoder.layers.0.self_attn.q_proj"
     tensors = {
@@ -182,17 +182,18 @@ _SAMPLES = "samples/iteration-00000.parquet"
 def _run_files(run_dir: Path) -> Files:
     """A finished run of two iterations, without images."""
     from tests.chaos.torture import checkpoint
-    from texforce_ray.config_io import load_config
+    from texforce_ray.config.io import load_config
+    from texforce_ray.files import atomic_write_text, to_json
     from texforce_ray.records.checkpoint import mark_best, save_checkpoint
-    from texforce_ray.records.files import atomic_write_text, to_json
     from texforce_ray.records.run_directory import RunDirectory
+    from texforce_ray.records.samples import write_samples
 
     config = load_config(ROOT / "configs" / "smoke.yaml", [f"run_dir={run_dir}"])
     directory = RunDirectory.create(config, "digest")
     for iteration in range(2):
         columns = {"prompt": ["a"] * 4, "seed": np.arange(4), "masked": np.zeros(4, bool)}
         columns |= {"reward_shapes": np.ones(4), "total": np.ones(4), "advantage": np.ones(4)}
-        directory.write_samples(iteration, columns)
+        write_samples(directory.path, iteration, columns)
         metrics = {"reward/total_mean": 0.5, "eval/total": 0.4, "eval/drift": 0.1}
         metrics |= {"work/rollout": 1.0, "work/learner": 2.0, "seconds/total": 3.0}
         directory.metrics.append(iteration, metrics)
@@ -226,15 +227,15 @@ def _report(folder: Path) -> object:
 
 
 def _capacity(folder: Path) -> object:
-    from texforce_ray.capacity import measured
+    from texforce_ray.cluster.capacity import measured
 
     return measured(folder)
 
 
 def _watched(run: Files) -> Files:
-    """What `texforce_ray.status` reads of a run that is going on."""
+    """What `texforce_ray.status` reads of a run in progress."""
     busy = {"role": "rollout", "node": "10.0.0.1", "name": "rollout-0", "state": "busy"}
-    busy |= {"who": "cpu, pid 7 on 10.0.0.1", "doing": "sampling", "seconds": 1.5}
+    busy |= {"process": "cpu, pid 7 on 10.0.0.1", "doing": "sampling", "seconds": 1.5}
     status = {"time": 1.8e9, "started": 1.7e9, "pid": 7, "host": "a", "state": "running"}
     status |= {"version": 1, "iterations": 2, "reward": 0.5, "samples_per_second": 3.0}
     status |= {"restarts": 1, "actors": [busy], "queues": {"rollout": 1, "unscored": 2}}
@@ -249,8 +250,8 @@ def _watched(run: Files) -> Files:
 def _status(folder: Path) -> object:
     from rich.console import Console
 
+    from texforce_ray.observability.status_view import run_view
     from texforce_ray.records.status import read_status
-    from texforce_ray.records.status_view import run_view
 
     console = Console(width=80, file=io.StringIO())
     console.print(run_view(folder, read_status(folder)))
@@ -285,7 +286,7 @@ class _Mean:
 
 
 def _ask(folder: Path) -> object:
-    from texforce_ray.records.files import from_json
+    from texforce_ray.files import from_json
     from texforce_ray.rewards.serve import RewardService
 
     service = RewardService(("127.0.0.1", 0), "mean", _Mean())

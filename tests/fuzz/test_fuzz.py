@@ -1,4 +1,4 @@
-"""Damaged files of every kind are refused in our own words; `make chaos` tries many more."""
+"""Damaged files of every kind are rejected with a clear error; `make chaos` tries many more."""
 
 from __future__ import annotations
 
@@ -50,4 +50,4 @@ def test_damaged_input_is_read_or_refused(name: str, found: dict[str, Surface]) 
     outcome = fuzz(found[name], INPUTS, seed=7)
     assert not outcome.findings, "\n".join(outcome.findings)
     assert outcome.inputs == INPUTS
-    assert outcome.refused  # or nothing was damaged
+    assert outcome.rejected  # or nothing was damaged

@@ -13,11 +13,11 @@ import torch
 
 from tests.miniatures import FAMILIES, build
 from texforce_ray.config import Config
-from texforce_ray.config_io import make_config
+from texforce_ray.config.io import make_config
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.model.backbone import load_backbone, load_config_backbone
-from texforce_ray.rl.learner import Learner
-from texforce_ray.rl.trainer import UpdateBatch
+from texforce_ray.rl.ppo_learner import PpoLearner
+from texforce_ray.rl.sharding import UpdateBatch
 
 pytestmark = pytest.mark.gpu
 
@@ -33,7 +33,7 @@ def _config(path: Path, dtype: str, *, steps: int, guidance: float, compiled: bo
         {
             "iterations": 2,
             "model": {"path": str(path), "dtype": dtype, "compile": compiled},
-            "lora": {"rank": 4, "alpha": 4.0},
+            "lora": {"text_encoder": {"rank": 4, "alpha": 4.0}},
             "diffusion": {
                 "steps": steps,
                 "guidance_scale": guidance,
@@ -42,7 +42,8 @@ def _config(path: Path, dtype: str, *, steps: int, guidance: float, compiled: bo
             "prompts": {"per_iteration": 2, "samples_per_prompt": 1},
             "rollout": {"batch_size": 2, "num_gpus": 1},
             "advantage": {"mode": "batch"},
-            "ppo": {"num_minibatches": 1, "timestep_fraction": 1.0},
+            "objective": {"timestep_fraction": 1.0},
+            "update": {"minibatches": 1},
         }
     )
 
@@ -60,7 +61,7 @@ def test_two_updates_agree_with_the_sampler_and_with_float32(
     config = _config(
         tmp_path / "pipeline", dtype, steps=steps, guidance=guidance, compiled=compiled
     )
-    learner = Learner(load_config_backbone(config, 1.0), config)
+    learner = PpoLearner(load_config_backbone(config, 1.0), config)
     assert learner.backbone.device.type == DEVICE
     d = config.diffusion
     sampler = Sampler(
@@ -78,7 +79,7 @@ def test_two_updates_agree_with_the_sampler_and_with_float32(
         if dtype != "float32" and not iteration:
             assert metrics["learner/gradient_agreement"] > 0.9
             assert metrics["learner/gradient_zeros"] < 0.01
-    assert learner.snapshot().changes
+    assert learner.learned().snapshot.changes
 
 
 @needs_cuda

@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
 import ray  # noqa: E402
-import stand_ins  # noqa: E402
 
-from texforce_ray.config_io import load_config  # noqa: E402
-from texforce_ray.driver import train  # noqa: E402
+from tests.stand_in_run import EACH, SMALL  # noqa: E402
+from texforce_ray.config.io import load_config  # noqa: E402
+from texforce_ray.driver.training import train  # noqa: E402
 from texforce_ray.errors import Interrupted  # noqa: E402
+from texforce_ray.testing import stand_ins  # noqa: E402
 
 SETTINGS = stand_ins.Settings(
     sample_seconds=0.3, update_seconds=0.3, latent_shape=(4, 2, 2), image_size=16
@@ -25,24 +26,18 @@ SETTINGS = stand_ins.Settings(
 
 def main() -> int:
     run_dir, port, *overrides = sys.argv[1:]
-    each = {"num_cpus": 0, "num_threads": 1}
-    base = {
+    base = SMALL | {
         "run_dir": run_dir,
         "iterations": 8,
         "max_staleness": 1,
-        "diffusion": {"steps": 4},
-        "prompts": {"per_iteration": 4, "samples_per_prompt": 4},
-        "rollout": each | {"num_workers": 2, "batch_size": 4, "max_unscored": 3},
+        "rollout": EACH | {"num_workers": 2, "batch_size": 4, "max_unscored": 3},
         "rewards": [{"target": stand_ins.REWARD, "num_cpus": 0}],
-        "advantage": {"mode": "batch"},
-        "ppo": {"max_ratio_error": 1.0},
-        "learner": each,
+        "learner": EACH,
         "eval": {"every": 4, "images": 4, "grid": 4},
     }
     ray.init(
         address="local",
         include_dashboard=False,
-        runtime_env=stand_ins.environment(),
         log_to_driver=False,
         _metrics_export_port=int(port),
         _system_config={"metrics_report_interval_ms": 500},

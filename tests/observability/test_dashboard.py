@@ -74,7 +74,7 @@ def test_grafana_can_place_and_draw_every_panel() -> None:
     assert [v["name"] for v in DASHBOARD["templating"]["list"]] == ["datasource", "run"]
 
 
-def test_names_with_a_variable_part_are_told_apart() -> None:
+def test_the_variable_part_of_a_name_becomes_a_label() -> None:
     assert describe("reward/total_mean")[0].prometheus == "texforce_reward_total_mean"
     metric, labels = describe("reward/iqa:piqe_mean")
     assert (metric.prometheus, labels) == ("texforce_reward_mean", {"reward": "iqa:piqe"})

@@ -1,4 +1,4 @@
-"""Trackers get metrics.jsonl's names and the images, go on in a resumed run, never stop one."""
+"""Trackers get metrics.jsonl's names and the images, continue in a resumed run, never stop one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from texforce_ray.config import Config, RewardConfig
-from texforce_ray.config_io import make_config
+from texforce_ray.config.io import make_config
 from texforce_ray.errors import ConfigError
 from texforce_ray.records.metrics import MetricsLog
 from texforce_ray.records.tracking import check_trackers, open_trackers
@@ -76,7 +76,7 @@ def _wandb_history(run_dir: Path) -> tuple[set[str], list[dict[str, Any]], list[
     return ids, rows, codes
 
 
-def test_wandb_offline_has_all_and_a_resumed_run_goes_on(tmp_path: Path) -> None:
+def test_wandb_offline_has_all_and_a_resumed_run_continues(tmp_path: Path) -> None:
     config = _configured(tmp_path, wandb={"mode": "offline", "project": "p"})
     _report(config, range(2), "interrupted")
     _report(config, range(2, 3), "finished")
@@ -93,7 +93,7 @@ def test_wandb_offline_has_all_and_a_resumed_run_goes_on(tmp_path: Path) -> None
     assert codes == [1, 0]
 
 
-def test_mlflow_files_have_all_and_a_resumed_run_goes_on(tmp_path: Path) -> None:
+def test_mlflow_files_have_all_and_a_resumed_run_continues(tmp_path: Path) -> None:
     config = _configured(tmp_path, mlflow={"experiment": "e"})
     _report(config, range(2), "interrupted")
     client = MlflowClient(tracking_uri=(tmp_path / "mlflow").as_uri())
@@ -151,7 +151,7 @@ def test_a_missing_package_names_its_extra(tmp_path: Path, monkeypatch: pytest.M
         check_trackers(_configured(tmp_path, mlflow={}).track)
 
 
-def test_a_tracker_that_fails_warns_once_and_the_run_goes_on(
+def test_a_tracker_that_fails_warns_once_and_the_run_continues(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

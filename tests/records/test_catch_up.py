@@ -12,14 +12,14 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.chaos.torture import checkpoint
-from texforce_ray.config_io import load_config
-from texforce_ray.evaluation import Evaluation
-from texforce_ray.recorder import Recorder
+from texforce_ray.config.io import load_config
+from texforce_ray.driver.advantages import AdvantageEstimator
+from texforce_ray.driver.evaluation import Evaluation
+from texforce_ray.driver.recorder import Recorder
 from texforce_ray.records.checkpoint import read_best, save_checkpoint
 from texforce_ray.records.looks import Looks
 from texforce_ray.records.metrics import read_metrics
 from texforce_ray.records.run_directory import RunDirectory
-from texforce_ray.rl.baseline import Baseline
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
 
@@ -58,7 +58,7 @@ def _resume(config: Any, evaluate: Any) -> list[str]:
             recorder.evaluation(4, evaluate)
 
         policy: Any = SimpleNamespace(version=4)
-        asyncio.run(recorder.catch_up(policy, Baseline(config, {}), again))
+        asyncio.run(recorder.catch_up(policy, AdvantageEstimator(config, {}), again))
     return redone
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.chaos.torture import checkpoint
+from texforce_ray import files
 from texforce_ray.errors import RunDirectoryError
-from texforce_ray.records import files
 from texforce_ray.records.checkpoint import save_checkpoint
 from texforce_ray.records.metrics import MetricsLog
 
@@ -28,7 +28,7 @@ def test_full_disk_keeps_old_file_and_leaves_no_rubbish(
     path = tmp_path / "state.json"
     files.atomic_write_text(path, "old")
     monkeypatch.setattr(os, failing, _no_space)
-    with pytest.raises(RunDirectoryError, match=r"No space left.*Free some space") as caught:
+    with pytest.raises(RunDirectoryError, match=r"No space left.*free some space") as caught:
         files.atomic_write_text(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["state.json"]
@@ -83,7 +83,7 @@ def test_check_writable_makes_the_directory_and_leaves_it_empty(tmp_path: Path) 
 @pytest.mark.parametrize("inside", ["", "run"])
 def test_check_writable_names_the_file_in_the_way(tmp_path: Path, inside: str) -> None:
     (tmp_path / "taken").write_text("mine")
-    with pytest.raises(RunDirectoryError, match=r"taken.*A file lies where a directory"):
+    with pytest.raises(RunDirectoryError, match=r"taken.*a file is where a directory"):
         files.check_writable(tmp_path / "taken" / inside)
     assert (tmp_path / "taken").read_text() == "mine"
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from texforce_ray.config_io import make_config
-from texforce_ray.model.snapshot import LoraShape
+from texforce_ray.artifacts.snapshot import LoraShape
+from texforce_ray.config.io import make_config
 from texforce_ray.records.model_card import BaseModel, ModelCardInfo, card_info, model_card
 
 INFO = ModelCardInfo(
@@ -114,7 +114,9 @@ def test_a_run_that_started_from_an_adapter_says_so() -> None:
 
 
 def test_direct_backpropagation_is_not_called_reinforcement_learning() -> None:
-    config = make_config({"direct": {"method": "draft"}, "rewards": [{"name": "shapes_scorer"}]})
+    config = make_config(
+        {"objective": {"kind": "direct", "method": "draft"}, "rewards": [{"name": "shapes_scorer"}]}
+    )
     card = model_card(card_info(config, INFO.shapes, {}, INFO.files))
     assert "by DRaFT" in card
     assert "PPO" not in card

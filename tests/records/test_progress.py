@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from texforce_ray.records import progress
-from texforce_ray.records.progress import Progress, duration
+from texforce_ray.observability import progress
+from texforce_ray.observability.progress import Progress, duration
 
 
 class _Terminal(io.StringIO):

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from tests.chaos.torture import checkpoint
 from texforce_ray.config import Config
-from texforce_ray.config_io import load_config
-from texforce_ray.recorder import Recorder
+from texforce_ray.config.io import load_config
+from texforce_ray.driver.recorder import Recorder
 from texforce_ray.records.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -33,11 +32,11 @@ def _config(run_dir: Path, *overrides: str) -> Config:
     return load_config(SMOKE, [f"run_dir={run_dir}", *overrides])
 
 
-def _begun(run_dir: Path, *, stored: bool = True) -> Checkpoint:
-    """A run of three iterations, as this version writes it or as one before it did."""
+def _begun(run_dir: Path) -> Checkpoint:
+    """A run of three iterations."""
     config = _config(run_dir)
     RunDirectory.create(config, "digest").close()
-    weights = reward_weights(config) if stored else {}
+    weights = reward_weights(config)
     state = replace(checkpoint(3), prompt_statistics=OLD, reward_weights=weights)
     path = save_checkpoint(run_dir, state)
     mark_best(run_dir, 3, 0.7, weights)
@@ -50,11 +49,8 @@ def _resumed(run_dir: Path, start: int, *overrides: str) -> Config:
     return config
 
 
-@pytest.mark.parametrize("stored", [True, False], ids=["new", "before"])
-def test_totals_and_best_of_the_old_weights_are_dropped_and_said_to_be(
-    tmp_path: Path, stored: bool
-) -> None:
-    restored = _begun(tmp_path, stored=stored)
+def test_totals_and_best_of_the_old_weights_are_dropped_and_said_to_be(tmp_path: Path) -> None:
+    restored = _begun(tmp_path)
     config = _resumed(tmp_path, 3, "rewards.0.weight=10")
     remembered, said = drop_old_totals(tmp_path, config, restored)
     assert remembered == {}
@@ -68,9 +64,8 @@ def test_totals_and_best_of_the_old_weights_are_dropped_and_said_to_be(
     assert read_best(tmp_path) is None
 
 
-@pytest.mark.parametrize("stored", [True, False], ids=["new", "before"])
-def test_what_has_the_same_scale_is_kept(tmp_path: Path, stored: bool) -> None:
-    restored = _begun(tmp_path, stored=stored)
+def test_what_has_the_same_scale_is_kept(tmp_path: Path) -> None:
+    restored = _begun(tmp_path)
     config = _resumed(tmp_path, 3, "optimizer.lr=1e-5")
     assert drop_old_totals(tmp_path, config, restored) == (OLD, [])
     assert read_best(tmp_path) is not None
@@ -102,7 +97,7 @@ def test_a_smaller_weight_is_no_collapse_of_the_reward(tmp_path: Path) -> None:
     config = _resumed(tmp_path, 6, "rewards.0.weight=0.1")
     assert last_change(tmp_path) == 6
     with RunDirectory.reopen(config, 6) as directory:
-        watch = Recorder(config, directory)._watch
+        watch = Recorder(config, directory)._alarms
     rescaled = {key: value / 10 for key, value in line.items()}
     said = [text for i in range(6, 12) for text in watch.look({"iteration": i, **rescaled})]
     assert said == []

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from texforce_ray import report, status
-from texforce_ray.config_io import load_config, make_config, resolve_run_dir
+from texforce_ray.artifacts.location import EMBEDDED_BASE
+from texforce_ray.config.io import load_config, make_config, resolve_run_dir
 from texforce_ray.errors import ConfigError, RunDirectoryError
-from texforce_ray.model.location import EMBEDDED_BASE
 from texforce_ray.records.run_directory import RunDirectory, check_resumable, read_config
+from texforce_ray.records.samples import write_samples
 from texforce_ray.records.status import StatusFile
 from texforce_ray.run import _resumed
 
@@ -110,7 +111,8 @@ def test_a_run_may_have_any_name_and_rewards_any_label(
         totals = {"reward/total_mean": 0.5, "eval/total": 0.5}
         directory.metrics.append(0, totals | {f"reward/{label}_mean": 0.1 for label in LABELS})
         columns = {"seed": np.arange(2), "masked": np.array([True, False])}
-        directory.write_samples(0, columns | {f"reward_{label}": np.ones(2) for label in LABELS})
+        rewards_of = {f"reward_{label}": np.ones(2) for label in LABELS}
+        write_samples(run, 0, columns | rewards_of)
         directory.write_grid(1, np.zeros((2, 64, 64, 3), np.uint8), ["ü", "b"], np.ones(2))
         page = directory.report().read_text()
         assert directory.recorded_mask(0, np.arange(2)).tolist() == [False, True]
@@ -126,8 +128,8 @@ def test_a_run_may_have_any_name_and_rewards_any_label(
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("x" * 300, "Choose a shorter run_dir"),
-        ("y/" * 2500, "Choose a shorter run_dir"),
+        ("x" * 300, "choose a shorter run_dir"),
+        ("y/" * 2500, "choose a shorter run_dir"),
         ("nul\0", "run_dir: "),
         ("\udcff", "run_dir: "),
     ],

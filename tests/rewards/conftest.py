@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from texforce_ray.rewards.environments import Environment, build, default_root
+from texforce_ray.rewards.isolation import Environment, build, default_root
 
 REPO = Path(__file__).parents[2]
 RunInside = Callable[..., dict]

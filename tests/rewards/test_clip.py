@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from texforce_ray.config_io import make_config
-from texforce_ray.driver import check_inputs
+from texforce_ray.config.io import make_config
+from texforce_ray.driver.inputs import check_inputs
 from texforce_ray.errors import RewardError
 from texforce_ray.rewards.base import load_reward
 from texforce_ray.rewards.clip import Aesthetic, AestheticHead, ClipScore, PickScore
@@ -217,5 +217,9 @@ def test_the_shapes_scorer_reads_true_renderings_and_has_a_gradient() -> None:
 
 def test_a_reward_without_a_gradient_is_refused_before_anything_starts() -> None:
     with pytest.raises(RewardError, match=r"'shapes' has no gradient.*shapes_scorer"):
-        check_inputs(make_config({"direct": {}, "rewards": [{"name": "shapes"}]}))
-    check_inputs(make_config({"direct": {}, "rewards": [{"name": "shapes_scorer"}]}))
+        check_inputs(
+            make_config({"objective": {"kind": "direct"}, "rewards": [{"name": "shapes"}]})
+        )
+    check_inputs(
+        make_config({"objective": {"kind": "direct"}, "rewards": [{"name": "shapes_scorer"}]})
+    )

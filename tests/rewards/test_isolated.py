@@ -28,6 +28,7 @@ def test_mediapipe_finds_hands_and_faces_and_doubts_what_is_wrong(run_inside: Ru
     assert 0.5 < found["landmarks_face"] <= found["face_whole"] + 1e-6
 
 
+@pytest.mark.environments
 def test_pyiqa_metrics_are_turned_so_that_higher_is_better(run_inside: RunInside) -> None:
     found = run_inside("pyiqa", "score_iqa")
     for name, sign in (("piqe", -1), ("entropy", 1)):
@@ -45,6 +46,7 @@ def test_pyiqa_metrics_are_turned_so_that_higher_is_better(run_inside: RunInside
     assert found["faces"] == [-3.0, 0.25]
 
 
+@pytest.mark.environments
 def test_hps_equals_a_direct_computation_with_open_clip(run_inside: RunInside) -> None:
     found = run_inside("open-clip", "score_hps")
     assert found["ours"] == pytest.approx(found["direct"], abs=1e-5)
@@ -55,6 +57,7 @@ def test_hps_equals_a_direct_computation_with_open_clip(run_inside: RunInside) -
     assert min(found["slopes"]) > 0
 
 
+@pytest.mark.environments
 def test_imagereward_in_a_batch_equals_the_packages_own_score(run_inside: RunInside) -> None:
     found = run_inside("image-reward", "score_image_reward")
     assert found["ours"] == pytest.approx(found["package"], abs=1e-4)

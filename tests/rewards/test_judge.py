@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.rewards.test_web import service
+from tests.rewards.services import service
 from texforce_ray.judge import main, parse_ranking
 from texforce_ray.records.images import save_png
 from texforce_ray.rewards.images import from_png

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from tests.system.conftest import finish, start
 
 
+@pytest.mark.environments
 def test_a_run_with_isolated_rewards_records_every_component(tmp_path: Path) -> None:
     prompts, directory = tmp_path / "prompts.txt", tmp_path / "run"
     prompts.write_text("a hand\na left hand\n")

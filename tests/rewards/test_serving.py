@@ -12,7 +12,7 @@ import pytest
 
 from texforce_ray.actors.messages import Scores, pack_images
 from texforce_ray.config import Config, RewardConfig
-from texforce_ray.config_io import make_config
+from texforce_ray.config.io import make_config
 from texforce_ray.errors import ActorError, RewardError, TexForceError
 
 FAST = {"retry_pause_s": 0.01, "num_cpus": 0}
@@ -23,7 +23,7 @@ def cluster() -> Iterator[None]:
     """A local Ray, as a run with isolated rewards starts it."""
     import ray
 
-    from texforce_ray.actors.connection import connect
+    from texforce_ray.cluster.connection import connect
 
     connect(_config({"name": "hand"}))
     yield
@@ -42,8 +42,8 @@ def _scores(
     async def job() -> tuple[list[Scores], dict[str, float]]:
         import ray
 
-        from texforce_ray.actors.crew import reward_pool
-        from texforce_ray.actors.environments import prepare_environments
+        from texforce_ray.cluster.environments import prepare_environments
+        from texforce_ray.crew.starting import reward_pool
 
         pythons = await prepare_environments(config)
         pool = reward_pool(config.rewards[0], config, pythons)
@@ -160,16 +160,17 @@ def test_a_class_that_cannot_be_made_is_named() -> None:
 
 
 def test_environment_choices_are_checked_before_anything_starts() -> None:
-    from texforce_ray.actors.environments import chosen
+    from texforce_ray.cluster.environments import reward_environment
 
     with pytest.raises(RewardError, match=r"'driver', 'isolated' or the absolute path"):
-        chosen(RewardConfig(name="hand", environment="elsewhere"))
+        reward_environment(RewardConfig(name="hand", environment="elsewhere"))
     with pytest.raises(RewardError, match="cannot install requirements"):
-        chosen(RewardConfig(name="hand", environment="driver", requirements=("x",)))
-    assert chosen(RewardConfig(name="shapes")) is None
-    assert chosen(RewardConfig(name="hand", environment="driver")) is None
-    named = chosen(RewardConfig(name="iqa:piqe"))
+        reward_environment(RewardConfig(name="hand", environment="driver", requirements=("x",)))
+    assert reward_environment(RewardConfig(name="shapes")) is None
+    assert reward_environment(RewardConfig(name="hand", environment="driver")) is None
+    named = reward_environment(RewardConfig(name="iqa:piqe"))
     assert getattr(named, "name", None) == "pyiqa"
     assert (
-        getattr(chosen(RewardConfig(name="shapes", environment="isolated")), "name", "") == "light"
+        getattr(reward_environment(RewardConfig(name="shapes", environment="isolated")), "name", "")
+        == "light"
     )

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +96,16 @@ def resume(directory: Path, *overrides: str) -> Finished:
     finished = finish(start("--resume", str(directory), *overrides), directory)
     assert finished.code == 0, finished.output
     return finished
+
+
+@pytest.fixture(scope="module")
+def small_cluster() -> Iterator[None]:
+    """A Ray for the module alone: others in this process start theirs otherwise."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

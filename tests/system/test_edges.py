@@ -35,7 +35,7 @@ def test_long_prompts_other_modes_and_a_signal_in_the_final_evaluation(tmp_path:
         "--config", "configs/smoke.yaml", f"run_dir={directory}",
         "prompts.train.set=null", f"prompts.train.path={prompts}",
         f"eval.prompts.path={held_out}", "eval.final_images=400", "eval.every=0",
-        "advantage.mode=prompt", "ppo.kl_weight=0.01", "optimizer.ema_decay=0.9",
+        "advantage.mode=prompt", "objective.kl_weight=0.01", "optimizer.ema_decay=0.9",
         "checkpoint.every=100", "rewards=[{name: jpeg_compressibility}]",
     )  # fmt: skip
     # The last iteration's checkpoint is written before the comparison begins.
@@ -60,7 +60,7 @@ def test_long_prompts_other_modes_and_a_signal_in_the_final_evaluation(tmp_path:
     assert done.summary["images"] == 8
     assert (directory / "metrics.jsonl").read_bytes() == written
     assert (directory / "adapter" / "adapter_model.safetensors").exists()
-    assert "prompts of their own" in (directory / "adapter" / "README.md").read_text()
+    assert "separate evaluation prompts" in (directory / "adapter" / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_written(tmp_path: Path) -> 
 NOTEBOOK = """
 import asyncio, signal, sys
 from texforce_ray import train
-from texforce_ray.config_io import load_config
+from texforce_ray.config.io import load_config
 from texforce_ray.errors import Interrupted
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from texforce_ray.actors.crew import Roles
+from texforce_ray.actors.roles import Roles
 from texforce_ray.actors.rollout import RolloutActor
-from texforce_ray.config_io import load_config
-from texforce_ray.driver import train
+from texforce_ray.artifacts.snapshot import PolicySnapshot
+from texforce_ray.config.io import load_config
+from texforce_ray.driver.training import train
 from texforce_ray.errors import EffectError
-from texforce_ray.model.snapshot import PolicySnapshot
 
 
 @pytest.mark.slow  # tests/unit/test_effect.py breaks the same actors without a cluster

@@ -7,28 +7,18 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
 
-from tests.rewards.test_web import service
-from texforce_ray.actors.crew import reward_pool
-from texforce_ray.actors.messages import Scores, pack_images, whereabouts
-from texforce_ray.actors.placement import options
-from texforce_ray.actors.pool import ActorPool, Budget
-from texforce_ray.actors.reward import RewardServer
-from texforce_ray.config_io import make_config
-from texforce_ray.errors import ActorError, ConfigError, PeerLostError, RewardError
+from texforce_ray.actors.messages import Whereabouts, whereabouts
+from texforce_ray.cluster.placement import actor_options
+from texforce_ray.crew.budget import Budget
+from texforce_ray.crew.pool import ActorPool
+from texforce_ray.errors import ActorError, ConfigError, PeerLostError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("small_cluster")
 
 
 class Worker:
@@ -38,7 +28,7 @@ class Worker:
         if error:
             raise ConfigError(error)
 
-    def ready(self) -> str:
+    def ready(self) -> Whereabouts:
         return whereabouts("cpu")
 
     def work(self, value: int) -> tuple[int, int]:
@@ -104,6 +94,10 @@ class Visible(Worker):
 def pool(size: int = 1, retries: int = 2, **kwargs: Any) -> ActorPool:
     actor = ray.remote(Worker).options(num_cpus=0, max_restarts=3)
     return ActorPool("worker", [actor.remote(**kwargs) for _ in range(size)], retries=retries)
+
+
+def started(workers: ActorPool) -> list[str]:
+    return [member.name for member in workers.members() if member.state == "idle"]
 
 
 def run(workers: ActorPool, method: str, *arguments: Any, timeout: float = 30) -> Any:
@@ -200,7 +194,8 @@ def test_an_actor_that_dies_at_its_first_start_comes_back(tmp_path: Any) -> None
     actor = ray.remote(LateDeath).options(num_cpus=0, max_restarts=3)
     budget = Budget(1)
     workers = ActorPool("worker", [actor.remote(str(tmp_path / "d"))], retries=0, budget=budget)
-    assert asyncio.run(workers.ready(30)) == ["worker-0"]
+    asyncio.run(workers.ready(30))
+    assert started(workers) == ["worker-0"]
     assert budget.spent == 1
 
 
@@ -210,26 +205,26 @@ def test_what_asks_for_no_gpu_sees_none() -> None:
         return os.environ.get("CUDA_VISIBLE_DEVICES")
 
     actors = [
-        ray.remote(Visible).options(**options({"CPU": 0, "GPU": gpus})).remote() for gpus in (0, 1)
+        ray.remote(Visible).options(**actor_options({"CPU": 0, "GPU": gpus})).remote()
+        for gpus in (0, 1)
     ]
-    refs = [*(actor.seen.remote() for actor in actors), task.options(**options({})).remote()]
+    refs = [*(actor.seen.remote() for actor in actors), task.options(**actor_options({})).remote()]
     none, one, in_task = ray.get(refs, timeout=60)
     assert (none, in_task) == ("", "")
     assert one in ("0", "1")
 
 
-def test_work_goes_on_while_a_killed_actor_comes_back(tmp_path: Any) -> None:
+def test_work_continues_while_a_killed_actor_comes_back(tmp_path: Any) -> None:
     async def go() -> None:
         workers = pool(2)
         await workers.ready(30)
         ray.kill(workers.actors[0], no_restart=False)
-        began = time.monotonic()
         jobs = [
             workers.run("work", lambda a, i=i: a.work.options(num_returns=2).remote(i), 30)
             for i in range(6)
         ]
-        assert [value for value, _ in await asyncio.gather(*jobs)] == list(range(6))
-        assert time.monotonic() - began < 20
+        answers = await asyncio.wait_for(asyncio.gather(*jobs), 60)
+        assert [value for value, _ in answers] == list(range(6))
         workers.kill()
 
     asyncio.run(go())
@@ -243,10 +238,12 @@ def test_actors_without_room_join_when_there_is_some() -> None:
         await blocker.ready.remote()
         late = actor.options(num_cpus=2).remote()  # there are two CPUs, both are taken
         workers = ActorPool("worker", [first, late], retries=0)
-        assert await workers.ready(30, at_least=1) == ["worker-0"]
+        await workers.ready(30, at_least=1)
+        assert started(workers) == ["worker-0"]
         await workers.run("work", lambda a: a.work.options(num_returns=2).remote(1), 30)
         ray.kill(blocker)
-        assert await workers.ready(30) == ["worker-0", "worker-1"]
+        await workers.ready(30)
+        assert started(workers) == ["worker-0", "worker-1"]
         workers.kill()
 
     asyncio.run(go())
@@ -260,7 +257,7 @@ class Member(Worker):
         return rank, rank * 10
 
     def with_a_peer(self, rank: int, marker: str) -> tuple[int, int]:
-        """As a learner does whose peer dies: it says so, before Ray says who died."""
+        """As a learner whose peer dies: it reports that before Ray reports which actor died."""
         if rank == 1 and not os.path.exists(marker):
             time.sleep(1)
         if rank == 0 and not os.path.exists(marker):
@@ -268,7 +265,7 @@ class Member(Worker):
         return self.together(rank, marker)
 
     def on_a_broken_gpu(self, rank: int, marker: str) -> tuple[int, int]:
-        """The others wait for it in vain: without its error they would until the deadline."""
+        """The others wait for it: without its error, they would wait until the deadline."""
         if not os.path.exists(marker):
             if rank == 1:
                 open(marker, "w").close()
@@ -318,108 +315,3 @@ def test_our_own_errors_arrive_as_they_are() -> None:
 def test_a_constructors_error_arrives_as_it_is() -> None:
     with pytest.raises(ConfigError, match="bad model"):
         asyncio.run(pool(error="bad model").ready(30))
-
-
-def server(target: str, **kwargs: Any) -> Any:
-    return ray.remote(RewardServer).options(num_cpus=0).remote("r", target, kwargs, 2)
-
-
-def score(target: str) -> Any:
-    images = np.zeros((3, 8, 8, 3), dtype=np.uint8)
-    return ray.get(server(target).score.remote(["a"] * 3, [{}] * 3, pack_images(images)))
-
-
-def test_a_reward_server_scores_in_parts_and_keeps_order() -> None:
-    answer = score("tests.system.rewards:Counting")
-    assert answer.error is None
-    assert answer.scores == [2.0, 2.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("target", "cause"),
-    [
-        ("tests.system.rewards:Broken", "OSError: the scoring service is down"),
-        ("tests.system.rewards:TooFew", "returned 1 numbers for 2 images"),
-        ("tests.system.rewards:Infinite", "infinite"),
-        ("tests.system.rewards:Words", "not a list of numbers"),
-    ],
-)
-def test_a_failing_reward_answers_with_its_error_as_data(target: str, cause: str) -> None:
-    answer = score(target)
-    assert answer.scores is None
-    assert cause in answer.error
-
-
-def test_a_reward_class_without_score_fails_at_start() -> None:
-    servers = ActorPool("reward-r", [server("tests.system.rewards:NoScore")], retries=0)
-    with pytest.raises(RewardError, match="NoScore has no method score"):
-        asyncio.run(servers.ready(30))
-
-
-# ---- slow and broken rewards ---------------------------------------------------------------------
-
-
-def reward_servers(target: str, budget: Budget | None = None, **settings: Any) -> Any:
-    """As a run starts them."""
-    reward = {"target": target, "num_cpus": 0, "retry_pause_s": 0.01, **settings}
-    config = make_config({"rewards": [reward], "ray": {"max_restarts": 1}})
-    return reward_pool(config.rewards[0], config, {}, budget)
-
-
-def scores_of(servers: Any, units: int, answers: list[Scores] | None = None) -> list[Scores]:
-    answers = [] if answers is None else answers
-
-    async def job() -> list[Scores]:
-        await servers.actors.ready(60)
-        images = ray.put(pack_images(np.zeros((2, 8, 8, 3), dtype=np.uint8)))
-        try:
-            for _ in range(units):
-                answers.append(await servers.score(images, ["a"] * 2, [{}] * 2))
-            return answers
-        finally:
-            servers.actors.kill()
-
-    return asyncio.run(job())
-
-
-def test_a_slow_reward_is_masked_until_the_runs_budget_is_spent() -> None:
-    budget = Budget(3)
-    servers = reward_servers("tests.rewards.bad:Sleeper", budget, timeout_s=0.5, retries=0)
-    answers: list[Scores] = []
-    with pytest.raises(ActorError, match=r"failed 4 times .*ray\.max_run_restarts"):
-        scores_of(servers, 4, answers)
-    # More often than ray.max_restarts, which is 1 here and would have ended the run.
-    assert [answer.scores for answer in answers] == [None] * 3
-    assert all("no answer within" in str(answer.error) for answer in answers)
-
-
-def test_a_slow_service_answers_before_its_server_is_killed() -> None:
-    with service(lambda *_: (time.sleep(5), (200, {"scores": [1.0, 1.0]}))[1]) as url:
-        servers = reward_servers(
-            "texforce_ray.rewards.http_client:HttpReward",
-            timeout_s=2,
-            retries=0,
-            kwargs={"url": url.replace("http://", "http://me:hunter2@"), "retries": 5},
-        )
-        (answer,) = scores_of(servers, 1)
-    assert answer.scores is None
-    assert "before the reward's timeout_s" in str(answer.error)
-    assert "hunter2" not in str(answer.error)
-    assert servers.actors.restarts == 0
-
-
-def test_a_reward_with_a_broken_gpu_gets_a_new_server(tmp_path: Any) -> None:
-    servers = reward_servers(
-        "tests.rewards.bad:BrokenGpu", retries=1, kwargs={"marker": str(tmp_path / "broken")}
-    )
-    (answer,) = scores_of(servers, 1)
-    assert answer.scores == [1.0, 1.0], answer.error
-    assert servers.actors.restarts == 1
-
-
-def test_a_constructors_secrets_reach_no_log() -> None:
-    kwargs = {"api_key": "sk-123456", "url": "https://me:hunter2@host/v1?api_key=sk-9", "size": 3}
-    servers = ActorPool("r", [server("tests.rewards.bad:Unwilling", **kwargs)], retries=0)
-    with pytest.raises(RewardError, match=r"'size': 3.*ConnectionError: no answer") as caught:
-        asyncio.run(servers.ready(30))
-    assert not [secret for secret in ("sk-1", "hunter2", "sk-9") if secret in str(caught.value)]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from hypothesis import settings
 
 from tests.miniatures import build
 from tests.unit import references
+from texforce_ray.artifacts.snapshot import LoraShape, PolicySnapshot
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.backbone import Backbone, load_backbone
 
@@ -24,8 +28,9 @@ LoadStock = Callable[[], StableDiffusionPipeline]
 StockImages = Callable[..., np.ndarray]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
+    """Actors made in this process set their own number; two processes of two threads each crawl."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -90,6 +95,20 @@ def randomize() -> Callable[..., None]:
 
 
 @pytest.fixture
+def make_policy(
+    tiny_backbone: Callable[[], Backbone], randomize: Callable[..., None]
+) -> Callable[..., PolicySnapshot]:
+    """A policy of the miniature's that is not the base, with adapters of these shapes."""
+
+    def new(shapes: Mapping[str, LoraShape]) -> PolicySnapshot:
+        adapter = Adapter(tiny_backbone(), shapes, seed=0)
+        randomize(adapter, seed=5)
+        return adapter.snapshot(0)
+
+    return new
+
+
+@pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the package upcasts to float32 is upcast to float64, so that gradients are exact."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -103,6 +122,20 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for name in ("sd15", "sdxl"):
             build(folder / name, name)
     return {name: folder / name for name in ("sd15", "sdxl")}
+
+
+@pytest.fixture
+def changed_pipeline(pipelines: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """A copy of one of these whose JSON file has other values."""
+
+    def make(file: str, changes: dict[str, Any], name: str = "sd15") -> Path:
+        folder = tmp_path / name
+        shutil.copytree(pipelines[name], folder)
+        values = json.loads((folder / file).read_text()) | changes
+        (folder / file).write_text(json.dumps(values))
+        return folder
+
+    return make
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from diffusers.utils.state_dict_utils import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from texforce_ray.artifacts.snapshot import PolicySnapshot
 from texforce_ray.model.adapter_files import export_adapter
-from texforce_ray.model.snapshot import PolicySnapshot
 
 Write = Callable[[PolicySnapshot, Path], Path]
 _A, _B = ".lora_A.weight", ".lora_B.weight"

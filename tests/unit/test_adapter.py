@@ -14,12 +14,12 @@ from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 
+from texforce_ray.artifacts.snapshot import LoraShape, PolicySnapshot
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.errors import ConfigError
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.adapter_files import export_adapter, read_adapter
 from texforce_ray.model.backbone import Backbone
-from texforce_ray.model.snapshot import LoraShape, PolicySnapshot
 
 SHAPE = LoraShape(4, 8.0, ("q_proj", "k_proj", "v_proj", "out_proj"))
 SHAPES = {"text_encoder": SHAPE}
@@ -131,7 +131,7 @@ def test_read_adapter_returns_the_same_bits(
     assert (shape.rank, shape.alpha) == (SHAPE.rank, SHAPE.alpha)
     assert sorted(shape.target_modules) == sorted(SHAPE.target_modules)
     fresh = tiny_backbone()
-    Adapter(fresh, snapshot.shapes, seed=99).load(snapshot)
+    Adapter(fresh, snapshot.shapes, seed=99).load_weights(snapshot.adapters)
     assert torch.equal(_hidden(fresh), _hidden(backbone))
 
 
@@ -142,7 +142,7 @@ def test_snapshot_does_not_follow_the_policy(
     snapshot, again = adapter.snapshot(1), adapter.snapshot(1)
     randomize(adapter, seed=6)
     _assert_same_snapshot(snapshot, again)
-    adapter.load(snapshot)
+    adapter.load_weights(snapshot.adapters)
     _assert_same_snapshot(adapter.snapshot(1), again)
     for value in again.adapters["text_encoder"].values():
         value.fill(7)
@@ -195,7 +195,7 @@ def test_adapter_saved_by_stock_peft_can_be_read(
     model.save_pretrained(tmp_path)
     snapshot = read_adapter(tmp_path)
     backbone = tiny_backbone()
-    Adapter(backbone, snapshot.shapes, seed=0).load(snapshot)
+    Adapter(backbone, snapshot.shapes, seed=0).load_weights(snapshot.adapters)
     ids = backbone.tokenize(PROMPTS).ids[0]
     with torch.no_grad():
         assert torch.allclose(_hidden(backbone), model(ids)[0], atol=1e-6)
@@ -218,7 +218,7 @@ def test_wrong_rank_is_named(tuned: tuple[Backbone, Adapter], tiny_backbone: Loa
     )
     before = other.snapshot(0)
     with pytest.raises(ConfigError, match=r"lora_[AB].*\(4, 96\).*\(2, 96\).*another rank"):
-        other.load(tuned[1].snapshot(0))
+        other.load_weights(tuned[1].snapshot(0).adapters)
     _assert_same_snapshot(other.snapshot(0), before)
 
 
@@ -226,14 +226,16 @@ def test_other_layers_are_named(tuned: tuple[Backbone, Adapter], tiny_backbone: 
     other = Adapter(tiny_backbone(), {"text_encoder": LoraShape(4, 8.0, ("q_proj",))}, seed=0)
     layer = r"encoder\.layers\.0\.self_attn\.k_proj"
     with pytest.raises(ConfigError, match=rf"has 9 .*{layer}.* and 5 more.*target_modules"):
-        other.load(tuned[1].snapshot(0))
+        other.load_weights(tuned[1].snapshot(0).adapters)
     with pytest.raises(ConfigError, match=rf"lacks 9 .*{layer}.* and 5 more"):
-        tuned[1].load(other.snapshot(0))
+        tuned[1].load_weights(other.snapshot(0).adapters)
 
 
 def test_unknown_target_modules_list_the_right_ones(tiny_backbone: Load) -> None:
     backbone = tiny_backbone()
-    with pytest.raises(ConfigError, match=r"lora\.target_modules: \['to_q'\]") as caught:
+    with pytest.raises(
+        ConfigError, match=r"lora\.text_encoder\.target_modules: \['to_q'\]"
+    ) as caught:
         Adapter(backbone, {"text_encoder": LoraShape(4, 4.0, ("to_q",))}, seed=0)
     for name in ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"):
         assert name in str(caught.value)
@@ -296,4 +298,4 @@ def test_files_of_another_prefix_are_refused(
     tensors: dict[str, Any] = {f"unet.{k}": v for k, v in load_file(path).items()}
     save_file(tensors, path)
     with pytest.raises(ConfigError, match="another model or target_modules"):
-        Adapter(tiny_backbone(), SHAPES, seed=0).load(read_adapter(tmp_path))
+        Adapter(tiny_backbone(), SHAPES, seed=0).load_weights(read_adapter(tmp_path).adapters)

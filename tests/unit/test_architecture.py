@@ -1,4 +1,4 @@
-"""Imports point downward only, and nothing imports in a circle."""
+"""Imports point downward only, nothing imports in a circle, and no file is too long."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "texforce_ray"
 NAME = PACKAGE.name
+MOST_LINES = 350
 
-# Lowest first. A module may import those of its own row and of the rows above it here.
+# Lowest first. A module may import those of its own row and of the rows above it here. Modules that
+# are commands (`python -m ...`) come last: they may import all of these, and nothing imports them.
 LAYERS = [
-    ["errors", "signals", "watch"],
-    ["paths"],
-    ["randomness"],
-    ["config", "config_help", "overrides", "config_io", "trust"],
-    ["shapes"],
-    ["rewards", "prompts", "model.snapshot", "model.inspection", "model.location", "records"],
+    ["errors"],
+    ["console", "files", "paths", "randomness"],
+    ["config"],
+    ["artifacts", "shapes"],
+    ["prompts", "records", "rewards"],
     ["diffusion", "model"],
     ["rl"],
+    ["cluster"],
     ["actors"],
-    ["telemetry", "collect", "evaluation", "policy", "profiling", "monitor", "recorder"],
+    ["crew"],
+    ["testing"],
+    ["observability"],
     ["driver"],
-    ["run", "status", "plan", "evaluate", "fuse", "report", "judge", "capacity", "rewards.check"],
-    ["experiments", "shapes.measure", "cli"],
+    ["experiments"],
 ]
 
 
@@ -41,19 +44,19 @@ MODULES = _modules()
 
 
 def _statements(node: ast.AST, *, deferred: bool) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Imports that run: never those for type checkers, those in functions if `deferred`."""
+    """All imports or, without `deferred`, those that run when the module is imported."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import | ast.ImportFrom):
             yield child
-        elif (
-            isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not deferred
-        ):
+        elif deferred:
+            yield from _statements(child, deferred=True)
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
         elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             for other in child.orelse:
-                yield from _statements(other, deferred=deferred)
+                yield from _statements(other, deferred=False)
         else:
-            yield from _statements(child, deferred=deferred)
+            yield from _statements(child, deferred=False)
 
 
 def _imports(module: str, *, deferred: bool) -> set[str]:
@@ -70,30 +73,37 @@ def _imports(module: str, *, deferred: bool) -> set[str]:
     return {name for name in found if name in MODULES and name != module}
 
 
-def _layer(module: str) -> int | None:
-    """The row that names the module or, failing that, the closest of its parents."""
-    name = module.removeprefix(NAME).removeprefix(".")
-    while name:
-        for index, row in enumerate(LAYERS):
-            if name in row:
-                return index
-        name = name.rpartition(".")[0]
-    return None
+COMMANDS = {
+    module for module, path in MODULES.items() if '__name__ == "__main__"' in path.read_text()
+}
+
+
+def _layer(module: str) -> int:
+    """The row of the package's part that the module belongs to; commands come after all rows."""
+    if module in COMMANDS:
+        return len(LAYERS)
+    part = module.split(".")[1]
+    return next((index for index, row in enumerate(LAYERS) if part in row), -1)
+
+
+INNER = [module for module in MODULES if module != NAME]
 
 
 def test_every_module_has_its_place() -> None:
-    homeless = [module for module in MODULES if module != NAME and _layer(module) is None]
+    homeless = [module for module in INNER if _layer(module) < 0]
     assert not homeless, f"add them to LAYERS: {homeless}"
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module != NAME])
+def test_nothing_but_commands_and_ground_stands_at_the_root() -> None:
+    ground = {f"{NAME}.{name}" for row in LAYERS[:2] for name in row}
+    files = {m for m in INNER if m.count(".") == 1 and MODULES[m].name != "__init__.py"}
+    assert files <= ground | COMMANDS
+
+
+@pytest.mark.parametrize("module", INNER)
 def test_imports_point_downward(module: str) -> None:
-    own = _layer(module)
-    upward = [
-        other
-        for other in _imports(module, deferred=True)
-        if other != NAME and (_layer(other) or 0) > (own or 0)
-    ]
+    others = _imports(module, deferred=True) - {NAME}
+    upward = [other for other in others if _layer(other) > _layer(module)]
     assert not upward, f"{module} imports {upward} from a higher layer"
 
 
@@ -111,8 +121,16 @@ def test_nothing_imports_in_a_circle() -> None:
         visit(module, ())
 
 
-def test_ray_is_known_to_actors_and_above_alone() -> None:
-    allowed = LAYERS.index(["actors"])
+@pytest.mark.parametrize("folder", [NAME, "tests", "benchmarks", "examples", "cluster", "docs"])
+def test_no_file_is_too_long_to_have_one_role(folder: str) -> None:
+    files = sorted((PACKAGE.parent / folder).rglob("*.py"))
+    lines = {str(file.relative_to(PACKAGE.parent)): file.read_text().count("\n") for file in files}
+    assert lines
+    assert not {name: count for name, count in lines.items() if count > MOST_LINES}
+
+
+def test_ray_is_known_to_the_cluster_and_above_alone() -> None:
+    allowed = LAYERS.index(["cluster"])
     users = set()
     for module, path in MODULES.items():
         for node in _statements(ast.parse(path.read_text()), deferred=True):
@@ -120,4 +138,4 @@ def test_ray_is_known_to_actors_and_above_alone() -> None:
             if any(name and name.partition(".")[0] == "ray" for name in names):
                 users.add(module)
     assert users
-    assert not [module for module in users if (_layer(module) or 0) < allowed]
+    assert not [module for module in users if _layer(module) < allowed]

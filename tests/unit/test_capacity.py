@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from texforce_ray.capacity import Costs, main, measured, plan
-from texforce_ray.config_io import make_config, to_yaml
+from texforce_ray.capacity import main
+from texforce_ray.cluster.capacity import Costs, measured, plan
+from texforce_ray.config.io import make_config, to_yaml
 from texforce_ray.errors import TexForceError
 
 COSTS = Costs(
@@ -52,9 +53,15 @@ def test_rewards_on_gpus_take_their_share() -> None:
     assert found.rewards["jpeg"] * found.seconds >= 1024 * 0.5  # keeps up on CPUs
 
 
-def test_one_gpu_is_told_of_the_colocated_actor() -> None:
+def test_one_gpu_is_rejected_with_advice_to_colocate() -> None:
     with pytest.raises(TexForceError, match=r"learner\.colocated=true"):
         plan(COSTS, gpus=1, samples=16, unit=16, staleness=0)
+
+
+def test_too_few_gpus_for_every_role_are_rejected() -> None:
+    costs = replace(COSTS, rewards={"big": 2.0}, on_gpu=frozenset({"big"}))
+    with pytest.raises(TexForceError, match=r"--gpus: 2 are too few: .*\(big\) need 3"):
+        plan(costs, gpus=2, samples=64, unit=16, staleness=0)
 
 
 def _run(folder: Path, iterations: int) -> Path:
@@ -63,7 +70,7 @@ def _run(folder: Path, iterations: int) -> Path:
     line = {"work/rollout": 256.0, "work/learner": 64.0, "work/reward_shapes": 12.8}
     line |= {"object_store/trajectory_bytes": 128e6, "object_store/image_bytes": 1e6}
     lines = [{"iteration": i, **line} for i in range(iterations)]
-    lines[0]["work/rollout"] = 9999.0  # the first is for caches
+    lines[0]["work/rollout"] = 9999.0  # the first is warm-up
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     return folder
 
@@ -88,4 +95,4 @@ def test_the_command_prints_a_row_for_each_size(
 
 def test_a_run_of_one_iteration_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([str(_run(tmp_path, 1))]) == 1
-    assert "fewer than two iterations" in capsys.readouterr().err
+    assert "needs two or more iterations" in capsys.readouterr().err

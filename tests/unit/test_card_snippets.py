@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from texforce_ray.config_io import make_config
+from texforce_ray.config.io import make_config
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.adapter_files import export_adapter
 from texforce_ray.model.backbone import load_backbone
 from texforce_ray.records.model_card import card_info, model_card
-from texforce_ray.rl.trainer import adapter_shapes
+from texforce_ray.rl.adapters import adapter_shapes
 
 _DRAW = re.compile(r'^image = pipe\("a photo of a cat"(.*)\)\.images\[0\]$', re.MULTILINE)
 _QUICK = (
@@ -36,15 +36,16 @@ def _drawn(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarr
     return names["image"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "lora", "parts", "drawing"),
     [
         ("sd15", {}, ("text_encoder",), {}),
         ("sd15", {}, ("text_encoder",), DRAWING),
-        ("sd15", {"text_encoder": False, "unet": {"rank": 3}}, ("unet",), {}),
-        ("sd15", {"unet": {"rank": 3}}, ("text_encoder", "unet"), {}),
+        ("sd15", {"text_encoder": None, "denoiser": {"rank": 3}}, ("unet",), {}),
+        ("sd15", {"denoiser": {"rank": 3}}, ("text_encoder", "unet"), {}),
         ("sdxl", {}, ("text_encoder", "text_encoder_2"), {}),
-        ("sdxl", {"text_encoder": False, "unet": {}}, ("unet",), {}),
+        ("sdxl", {"text_encoder": None, "denoiser": {}}, ("unet",), {}),
     ],
     ids=["text", "other drawing", "unet", "joint", "sdxl text", "sdxl unet"],
 )
@@ -62,7 +63,7 @@ def test_both_snippets_draw_the_policy_s_image(
     config = make_config(
         {
             "model": {"path": base},
-            "lora": {"rank": 2, "alpha": 4.0} | lora,
+            "lora": {"text_encoder": {"rank": 2, "alpha": 4.0}} | lora,
             "diffusion": drawing,
         }
     )

@@ -12,12 +12,12 @@ import ray
 from ray.runtime_env.runtime_env import _merge_runtime_env
 
 import texforce_ray
-from texforce_ray import telemetry
-from texforce_ray.actors import connection
-from texforce_ray.config_io import load_config, make_config
-from texforce_ray.driver import check_inputs
+from texforce_ray.cluster import connection
+from texforce_ray.cluster.plan import look
+from texforce_ray.config.io import load_config, make_config
+from texforce_ray.driver.inputs import check_inputs
 from texforce_ray.errors import ResourceError
-from texforce_ray.plan import look
+from texforce_ray.observability import telemetry
 
 ISOLATED = {"rewards": [{"name": "face"}]}
 
@@ -91,7 +91,7 @@ def test_a_folder_that_ray_cannot_use_is_named_before_anything_starts(
     (tmp_path / "file").write_text("")
     cases = {
         "/tmp/" + "x" * 60: r"bytes too long",
-        str(tmp_path / "file"): r"not a folder that this user may write",
+        str(tmp_path / "file"): r"not a folder that this user can write to",
         "relative": r"not an absolute path",
         "": r"not an absolute path",
     }
@@ -118,8 +118,8 @@ def test_labels_reach_ray_in_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(tags)
 
     monkeypatch.setattr(telemetry.Gauge, "set", set_)
-    told = telemetry.Telemetry("läufe/a b", 3, 4)
-    told.add_scalars({"reward/schön_mean": 1.0, "reward/total_mean": 2.0}, 0)
-    told.live(1, {}, {"reward-schön": 1}, {}, 0.5)
+    exported = telemetry.Telemetry("läufe/a b", 3, 4)
+    exported.add_scalars({"reward/schön_mean": 1.0, "reward/total_mean": 2.0}, 0)
+    exported.live(1, {}, {"reward-schön": 1}, {}, 0.5)
     assert all(tags["run"] == "l%C3%A4ufe/a b" for tags in seen)
     assert {"reward-sch%C3%B6n"} == {tags["role"] for tags in seen if "role" in tags}

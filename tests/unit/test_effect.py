@@ -11,14 +11,14 @@ import torch
 
 from tests.unit.references import Ref
 from texforce_ray.actors.learner import LearnerActor
-from texforce_ray.actors.messages import Info, WorkUnit
+from texforce_ray.actors.messages import SampleInfo, Updated, WorkUnit
 from texforce_ray.actors.rollout import RolloutActor
-from texforce_ray.collect import check_effect
+from texforce_ray.artifacts.snapshot import Effect, PolicySnapshot
 from texforce_ray.config import Config
-from texforce_ray.config_io import make_config
+from texforce_ray.config.io import make_config
+from texforce_ray.driver.collect import check_effect
 from texforce_ray.errors import EffectError
 from texforce_ray.model.effect import digest
-from texforce_ray.model.snapshot import Effect, PolicySnapshot
 
 pytestmark = pytest.mark.usefixtures("no_cluster")
 
@@ -31,8 +31,8 @@ def _config(**sections: Any) -> Config:
             "diffusion": {"steps": 2, "guidance_scale": 1.0},
             "prompts": {"per_iteration": 1, "samples_per_prompt": 2},
             "rollout": {"batch_size": 2},
-            "lora": {"rank": 4, "alpha": 4.0},
-            "ppo": {"num_minibatches": 1},
+            "lora": {"text_encoder": {"rank": 4, "alpha": 4.0}},
+            "update": {"minibatches": 1},
             "advantage": {"mode": "batch"},
         }
         | sections
@@ -44,22 +44,24 @@ UNIT = WorkUnit(0, 0, ("a green circle",) * 2, ({}, {}), np.array([1, 2]), 1)
 
 def _published(actor: LearnerActor, randomize: Randomize) -> tuple[Effect, PolicySnapshot]:
     randomize(actor.learner.adapter, seed=3, scale=0.1)
-    metrics, _, snapshot, _ = actor._published({})
-    assert snapshot is not None
-    assert metrics["learner/effect"] == metrics["effect"].change + metrics["effect"].denoiser
-    return metrics["effect"], snapshot
+    updated, learned = actor._published(Updated({}))
+    effect = updated.effect
+    assert effect is not None
+    assert updated.metrics["learner/effect"] == effect.change + effect.denoiser
+    return effect, learned.snapshot
 
 
-def _sampled(actor: RolloutActor, snapshot: PolicySnapshot, name: str = "a") -> Info:
+def _sampled(actor: RolloutActor, snapshot: PolicySnapshot, name: str = "a") -> SampleInfo:
     return actor.sample(UNIT, [Ref(snapshot, name)])[0]  # type: ignore[list-item]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "lora",
     [
-        {"rank": 4, "alpha": 4.0},
-        {"text_encoder": False, "unet": {"rank": 2}},
-        {"text_encoder": False, "unet": {"rank": 2, "target_modules": ["conv1", "to_q"]}},
+        {"text_encoder": {"rank": 4, "alpha": 4.0}},
+        {"text_encoder": None, "denoiser": {"rank": 2}},
+        {"text_encoder": None, "denoiser": {"rank": 2, "target_modules": ["conv1", "to_q"]}},
     ],
     ids=["text", "unet", "conv"],
 )
@@ -74,6 +76,7 @@ def test_an_actor_that_holds_the_policy_measures_what_the_learner_did(
     check_effect(info, effect, 1, "float32")
 
 
+@pytest.mark.long
 def test_an_actor_that_never_got_the_policy_is_named(randomize: Randomize) -> None:
     effect, snapshot = _published(LearnerActor(_config()), randomize)
 
@@ -90,9 +93,9 @@ def test_an_actor_that_keeps_an_older_policy_is_named(randomize: Randomize) -> N
     _, old = _published(learner, randomize)
     _sampled(actor, old)
     randomize(learner.learner.adapter, seed=4, scale=0.1)
-    metrics, *_ = learner._published({})
+    updated, _ = learner._published(Updated({}))
     with pytest.raises(EffectError, match="does not hold the adapter of policy version 2"):
-        check_effect(_sampled(actor, old), metrics["effect"], 2, "float32")
+        check_effect(_sampled(actor, old), updated.effect, 2, "float32")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -112,13 +115,15 @@ def test_an_adapter_that_is_bound_to_no_layer_there_is_found(
     assert info.effect is not None
     assert info.effect.digest == effect.digest
     with pytest.raises(
-        EffectError, match=r"works otherwise there: a probe prompt's embedding changes by 0, at the"
+        EffectError,
+        match=r"its effect differs: .* prompt's embedding is 0, at the",
     ):
         check_effect(info, effect, 1, dtype)  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_each_part_is_looked_at_by_itself(randomize: Randomize) -> None:
-    config = _config(lora={"rank": 4, "unet": {"rank": 2}})
+    config = _config(lora={"text_encoder": {"rank": 4}, "denoiser": {"rank": 2}})
     effect, snapshot = _published(LearnerActor(config), randomize)
 
     class Half(RolloutActor):
@@ -128,10 +133,10 @@ def test_each_part_is_looked_at_by_itself(randomize: Randomize) -> None:
                 layer.enable_adapters(False)
 
     first = 0
-    with pytest.raises(EffectError, match="the U-Net's first adapted layer changes by 0, at the"):
+    with pytest.raises(EffectError, match="the U-Net's first adapted layer is 0, at the"):
         check_effect(_sampled(Half(config), snapshot), effect, 1, "float32")
     first = 4
-    with pytest.raises(EffectError, match="switched on in so many layers"):
+    with pytest.raises(EffectError, match="number of layers with the adapter switched on"):
         check_effect(_sampled(Half(config), snapshot), effect, 1, "float32")
 
 
@@ -140,9 +145,10 @@ def test_the_base_model_has_no_effect_and_a_fresh_adapter_none_either() -> None:
     actor = RolloutActor(config)
     actor.generate(["a green circle"], np.array([1]), [], 2.0)
     assert actor._effect == Effect(0, 0.0)
-    metrics, _, snapshot, _ = LearnerActor(config)._published({})
-    assert metrics["effect"].change == 0
-    assert _sampled(actor, snapshot).effect == metrics["effect"]
+    updated, learned = LearnerActor(config)._published(Updated({}))
+    assert updated.effect is not None
+    assert updated.effect.change == 0
+    assert _sampled(actor, learned.snapshot).effect == updated.effect
 
 
 def test_training_that_changes_nothing_stops(randomize: Randomize) -> None:
@@ -151,7 +157,7 @@ def test_training_that_changes_nothing_stops(randomize: Randomize) -> None:
         layer.enable_adapters(False)
     randomize(actor.learner.adapter, seed=3)
     with pytest.raises(EffectError, match="training changes nothing"):
-        actor._published({})
+        actor._published(Updated({}))
 
 
 def test_a_digest_sees_order_and_every_bit() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from texforce_ray.config_io import load_config
+from texforce_ray.config.io import load_config
+from texforce_ray.driver.evaluation import paired_difference
 from texforce_ray.errors import RunDirectoryError
-from texforce_ray.evaluation import paired_difference
 from texforce_ray.experiments import __main__ as command
 from texforce_ray.experiments.page import write_page
 from texforce_ray.experiments.results import rows
@@ -167,7 +167,7 @@ def test_a_failed_step_ends_the_command_and_keeps_the_rest(
     given = ["shapes", "--only", "people", "--out", str(tmp_path / "runs")]
     assert command.main([*given, "--results", str(tmp_path / "shapes")]) == 1
     assert len(started) == 1
-    assert "start again to go on" in capsys.readouterr().err
+    assert "run this again to resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["shapes", "rates"])

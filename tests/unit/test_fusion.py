@@ -13,14 +13,14 @@ from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 
 from texforce_ray import fuse as command
+from texforce_ray.artifacts.location import EMBEDDED_BASE, adapter_files, base_of
+from texforce_ray.artifacts.snapshot import LoraShape, PolicySnapshot
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.errors import ConfigError
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.adapter_files import export_adapter, read_adapter
 from texforce_ray.model.backbone import Backbone, load_backbone
 from texforce_ray.model.fusion import compress, fuse, update_of
-from texforce_ray.model.location import EMBEDDED_BASE, adapter_files, base_of
-from texforce_ray.model.snapshot import LoraShape, PolicySnapshot
 
 TEXT = {"text_encoder": LoraShape(4, 8.0, ("q_proj", "v_proj"))}
 OTHER_TEXT = {"text_encoder": LoraShape(2, 2.0, ("q_proj", "fc1"))}
@@ -114,7 +114,7 @@ def test_layers_of_other_sizes_are_refused(make: Make) -> None:
 
 def _live(backbone: Backbone, snapshot: PolicySnapshot) -> np.ndarray:
     adapter = Adapter(backbone, snapshot.shapes, seed=0)
-    adapter.load(snapshot)
+    adapter.load_weights(snapshot.adapters)
     images = Sampler(backbone, **HOW).sample(PROMPTS, SEEDS, 0)[1]
     adapter.remove()
     return images
@@ -124,6 +124,7 @@ def _difference(one: np.ndarray, other: np.ndarray) -> int:
     return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
+@pytest.mark.long
 def test_text_and_unet_adapters_fused_load_in_stock_libraries(
     make: Make,
     tiny_backbone: Callable[[], Backbone],
@@ -135,7 +136,7 @@ def test_text_and_unet_adapters_fused_load_in_stock_libraries(
     export_adapter(text, tmp_path / "text", "base")
     export_adapter(unet, tmp_path / "unet", "base")
     out = tmp_path / "fused"
-    given = [f"{tmp_path / 'text'}=1.0", f"{tmp_path / 'unet'}=0.5", "--out", str(out)]
+    given = [str(tmp_path / "text"), f"{tmp_path / 'unet'}*0.5", "--out", str(out)]
     assert command.main(given) == 0
     live = _live(tiny_backbone(), fuse([(1.0, text), (0.5, unet)]))
     assert _difference(live, _live(tiny_backbone(), text)) > 10
@@ -153,6 +154,7 @@ def test_text_and_unet_adapters_fused_load_in_stock_libraries(
     assert _difference(_live(tiny_backbone(), alone), live) <= 1
 
 
+@pytest.mark.long
 def test_the_command_merges_compresses_and_sweeps(
     make: Make, tiny_pipeline: Path, tiny_backbone: Callable[[], Backbone], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -162,7 +164,7 @@ def test_the_command_merges_compresses_and_sweeps(
         export_adapter(adapter, tmp_path / name, str(tiny_pipeline))
     out = tmp_path / "out"
     arguments = [
-        f"{tmp_path / 'text'}=0.5", f"{tmp_path / 'unet'}", "--out", str(out), "--rank", "2",
+        f"{tmp_path / 'text'}*0.5", f"{tmp_path / 'unet'}", "--out", str(out), "--rank", "2",
         "--merge", str(tiny_pipeline), "--sweep", "2", "--steps", "2",
         "--prompts", "a green circle",
     ]  # fmt: skip
@@ -193,14 +195,16 @@ def test_an_adapter_of_the_replaced_weights_is_refused(
             read(tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere=1.0"], "is not an adapter"),
-        (["{text}=much"], "DIR=0.5"),
-        (["{text}=1.0", "--rank", "0"], "--rank"),
-        (["{text}=1.0", "{other}=1.0"], "different base models"),
-        (["{garbage}=1.0"], "damaged"),
+        (["nowhere"], "is not an adapter"),
+        (["{text}*much"], "DIR*0.5"),
+        (["{text}=0.5"], "a weight is written after a star: 'DIR*0.5'"),
+        (["{text}", "--rank", "0"], "--rank"),
+        (["{text}", "{other}"], "different base models"),
+        (["{garbage}*2"], "damaged"),
     ],
 )
 def test_bad_input_is_one_clear_error(
@@ -228,6 +232,7 @@ def _unet_images(pipeline: Path, **options: object) -> np.ndarray:
     return Sampler(backbone, **HOW).sample(PROMPTS, SEEDS, 0)[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["folder", "file", "attn_procs", "attn_procs_bin", "whole"])
 def test_others_unets_and_unet_loras_stand_under_the_policy(
     make: Make, tiny_pipeline: Path, tiny_backbone: Callable[[], Backbone], tmp_path: Path,
@@ -255,7 +260,7 @@ def test_others_unets_and_unet_loras_stand_under_the_policy(
         options = {"unet_adapters": [str(file)]}
     elif form == "whole":
         backbone = load_backbone(str(tiny_pipeline), **options)  # type: ignore[arg-type]
-        backbone.unet.save_pretrained(tmp_path / "whole")
+        backbone.denoiser.save_pretrained(tmp_path / "whole")
         options = {"unet": str(tmp_path / "whole")}
     images = _unet_images(tiny_pipeline, **options)
     assert _difference(images, expected) <= 1

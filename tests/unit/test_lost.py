@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from texforce_ray.actors.crew import Crew
-from texforce_ray.actors.messages import Info, WorkUnit
-from texforce_ray.actors.pool import Budget
-from texforce_ray.actors.scoring import RewardPool
-from texforce_ray.collect import TrainingBatch, collect
+from texforce_ray.actors.messages import SampleInfo, Updated, UpdateTask, WorkUnit
+from texforce_ray.artifacts.snapshot import Learned, LearnerState, PolicySnapshot
 from texforce_ray.config import RewardConfig
-from texforce_ray.config_io import load_config
+from texforce_ray.config.io import load_config
+from texforce_ray.crew.budget import Budget
+from texforce_ray.crew.crew import Crew
+from texforce_ray.crew.scoring import RewardPool
+from texforce_ray.driver.collect import TrainingBatch, collect
+from texforce_ray.driver.policy import Policy
 from texforce_ray.errors import ActorError, LostObjectError, NobodyLeftError
-from texforce_ray.policy import Policy
 
 CONFIG = load_config("configs/smoke.yaml")
 
@@ -29,27 +30,29 @@ class Crowd:
     def __init__(self, losses: dict[str, int], most: int = 10) -> None:
         self.config, self.budget, self.lost = CONFIG, Budget(most), 0
         self.losses = losses
-        self.unscored = asyncio.Semaphore(4)
+        self.backlog = asyncio.Semaphore(4)
+        self.rewards = {reward.key: self for reward in CONFIG.rewards}
         self.drawn: list[int] = []
         self.given: list[tuple[Any, ...]] = []
 
     async def redo_if_lost(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
         return await Crew.redo_if_lost(self, attempt)  # type: ignore[arg-type]
 
-    async def sample(self, unit: WorkUnit, policy: Any) -> tuple[Info, str, str]:
+    async def sample(self, unit: WorkUnit, policy: Any) -> tuple[SampleInfo, str, str]:
         self.drawn.append(unit.index)
-        return Info(1.0), f"trajectory {unit.index}, draw {len(self.drawn)}", f"{unit.index}"
+        return SampleInfo(1.0), f"trajectory {unit.index}, draw {len(self.drawn)}", f"{unit.index}"
 
-    async def score(self, reward: Any, images: str, prompts: Any, metadata: Any) -> Any:
+    async def score(self, images: str, prompts: Any, metadata: Any) -> Any:
         self._lose("images")
         return SimpleNamespace(scores=[float(images)] * len(prompts), error=None, seconds=0.0)
 
-    async def update(self, version: int, trajectories: Any, *_: Any) -> tuple[dict, tuple]:
-        self.given.append(tuple(trajectories))
+    async def update(self, task: UpdateTask) -> tuple[Updated, list[Any]]:
+        self.given.append(tuple(task.trajectories))
         self._lose("trajectories")
-        return {}, ("state", "snapshot", "evaluated")
+        return Updated({}), list(_learned(task.version + 1))
 
     async def fetch(self, refs: Any) -> list[Any]:
+        """Here, a ref is what it refers to."""
         self._lose("state")
         return list(refs)
 
@@ -57,6 +60,10 @@ class Crowd:
         if self.losses.get(what, 0):
             self.losses[what] -= 1
             raise LostObjectError(f"the {what}")
+
+
+def _learned(version: int) -> Learned:
+    return Learned(PolicySnapshot(version, {}, {}), LearnerState(version, version), None)
 
 
 def _units() -> list[WorkUnit]:
@@ -82,10 +89,11 @@ def test_images_that_are_lost_are_drawn_again_and_not_masked() -> None:
 def test_a_lost_trajectory_or_state_costs_an_update_again_with_fresh_ones(what: str) -> None:
     crew = Crowd({what: 2})
     batch = _collected(crew)
-    policy = Policy(CONFIG, 0, ["state 0", "snapshot 0", "evaluated 0"])  # type: ignore[list-item]
+    policy = Policy(CONFIG)
+    policy._publish(Updated({}), list(_learned(0)), _learned(0))  # type: ignore[arg-type]
     asyncio.run(policy.update(crew, batch))  # type: ignore[arg-type]
     assert policy.version == 1
-    assert policy.state == "state"
+    assert policy.learned[1] == _learned(1)
     assert len(crew.given) == 3
     assert crew.given[0] == batch.scored.trajectories
     assert len(set(crew.given)) == 3  # drawn again each time

@@ -9,18 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from texforce_ray.actors.fit import (
-    Plan,
-    fit,
-    needs,
-    requests,
-    rollouts_that_fit,
-    shortage,
-    totals,
-)
-from texforce_ray.actors.packing import most
+from texforce_ray.cluster.fit import Plan, fit, rollouts_that_fit
+from texforce_ray.cluster.packing import most
+from texforce_ray.cluster.requests import actor_requests, needs, shortage, totals
 from texforce_ray.config import Config
-from texforce_ray.config_io import make_config
+from texforce_ray.config.io import make_config
 from texforce_ray.errors import ConfigError, ResourceError
 
 
@@ -62,7 +55,7 @@ def configured(
                 }
                 for i, n in enumerate(replicas)
             ],
-            "ppo": {"num_minibatches": 1},
+            "update": {"minibatches": 1},
             **more,
         }
     )
@@ -102,7 +95,7 @@ def fits(actors: list[dict[str, float]], nodes: list[dict[str, float]]) -> bool:
 
 
 def actors_of(config: Config) -> list[dict[str, float]]:
-    return [dict(r.resources) for r in requests(config, whole=True) for _ in range(r.count)]
+    return [dict(r.resources) for r in actor_requests(config, whole=True) for _ in range(r.count)]
 
 
 amounts, whole = st.sampled_from([0, 0.3, 0.5, 0.7, 1, 2]), st.sampled_from([0, 1, 2])
@@ -145,7 +138,7 @@ def test_a_plan_fits_and_no_larger_one_does(config: Config, nodes: list[dict[str
         return
     found = plan.config
     assert fits(actors_of(found), nodes)
-    assert found.placement_free() == config.placement_free()
+    assert found.fixed() == config.fixed()
     make_config(found.model_dump())  # all that is checked of a config holds for this one too
     if not plan.changes:
         return
@@ -229,7 +222,7 @@ def test_min_workers_follow() -> None:
     }
 
 
-def test_too_small_a_cluster_is_told_what_is_short() -> None:
+def test_too_small_a_cluster_is_rejected_with_what_is_short() -> None:
     with pytest.raises(ResourceError, match=r"GPU: 2 needed, 1 free") as error:
         fit(configured(8, 1), [{"GPU": 1}])
     assert "1 x rollout (1 GPU each)" in str(error.value)
@@ -252,28 +245,29 @@ def test_an_actor_takes_a_sliver_besides_what_it_asks_for() -> None:
     assert needs(config, config.learner) == {"CPU": 0, "GPU": 1}
     assert needs(config, config.rewards[0]) == {"CPU": 0, "GPU": 0, "judges": 0.001}
     own = configured(placement={"rollout": "big"}, rollout={"resources": {"big": 1.0}})
-    assert needs(own, own.rollout)["big"] == 1.0  # who asks for more of it keeps that
+    assert needs(own, own.rollout)["big"] == 1.0  # a larger request for it is kept
 
 
 def test_one_actor_for_both_roles_asks_once() -> None:
     config = configured(1, 1)
     shared = make_config(config.model_dump() | {"learner": {"colocated": True, "num_gpus": 1}})
-    assert totals(requests(shared)) == {"GPU": 1}
+    assert totals(actor_requests(shared)) == {"GPU": 1}
     assert rollouts_that_fit(shared, [{"GPU": 1}]) == 1
 
 
 def test_start_needs_less_than_all() -> None:
     config = configured(8, 1, rollout={"min_workers": 2})
-    assert totals(requests(config)) == {"GPU": 3}
-    assert totals(requests(config, whole=True)) == {"GPU": 9}
+    assert totals(actor_requests(config)) == {"GPU": 3}
+    assert totals(actor_requests(config, whole=True)) == {"GPU": 9}
 
 
-def test_pieces_that_are_too_small_together_are_told() -> None:
-    asked = requests(configured(2, 1, gpus=(2, 1, 0)))
+def test_room_in_pieces_that_are_too_small_is_reported() -> None:
+    asked = actor_requests(configured(2, 1, gpus=(2, 1, 0)))
     (said,) = shortage(asked, [{"GPU": 2}, {"GPU": 1}, {"GPU": 1}, {"GPU": 1}])
     assert "not in the pieces" in said
 
 
+@pytest.mark.long
 def test_a_large_cluster_takes_seconds() -> None:
     config = configured(600, 8, (16, 16), gpus=(1, 1, 0.5), cpus=(4, 4, 2))
     nodes = [{"CPU": 64.0, "GPU": 8.0} for _ in range(64)]
@@ -288,7 +282,7 @@ def test_a_large_cluster_takes_seconds() -> None:
     ("section", "said"),
     [
         ({"rollout": "GPU"}, "not a custom resource"),
-        ({"learner": ""}, "no name of a resource"),
+        ({"learner": ""}, "not a resource name"),
         ({"rewards": "x"}, "did you mean placement.reward"),
     ],
 )
@@ -300,8 +294,8 @@ def test_wrong_placements_are_explained(section: dict[str, str], said: str) -> N
 def test_an_actor_that_asks_for_no_gpu_cannot_use_one() -> None:
     config = configured(gpus=(1, 0, 0), model={"device": "cuda"})
     with pytest.raises(ConfigError, match=r"model\.device: 'cuda'.*learner\.num_gpus is 0"):
-        requests(config)
-    requests(config, learner=False)
+        actor_requests(config)
+    actor_requests(config, learner=False)
 
 
 def test_learners_cannot_share_a_gpu() -> None:

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from texforce_ray.config import Config
-from texforce_ray.config_io import make_config
+from texforce_ray.config.io import make_config
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.errors import NumericsError
 from texforce_ray.model.backbone import load_backbone
 from texforce_ray.rl import precision
-from texforce_ray.rl.direct import DirectLearner
-from texforce_ray.rl.learner import Learner, _Totals
+from texforce_ray.rl.direct_learner import DirectLearner
+from texforce_ray.rl.learner import Learner
 from texforce_ray.rl.likelihood import Pairs
-from texforce_ray.rl.trainer import Trainer, UpdateBatch
+from texforce_ray.rl.ppo_learner import PpoLearner
+from texforce_ray.rl.ppo_totals import Totals
+from texforce_ray.rl.sharding import UpdateBatch
 
 PROMPTS = ["a green circle", "two red squares", "a green circle", "a blue square"]
 SEEDS = np.array([3, 1, 4, 15])
@@ -39,16 +41,18 @@ EXACT = (
 def _config(dtype: str, **sections: Any) -> Config:
     values: dict[str, Any] = {
         "model": {"dtype": dtype},
-        "lora": {"rank": 4, "alpha": 4.0},
+        "lora": {"text_encoder": {"rank": 4, "alpha": 4.0}},
         "diffusion": {"steps": 4, "guidance_scale": 3.0, "storage_dtype": "float16"},
         "prompts": {"per_iteration": 4, "samples_per_prompt": 1},
         "rollout": {"batch_size": 4},
-        "ppo": {"num_minibatches": 1, "timestep_fraction": 0.75},
+        "objective": {"timestep_fraction": 0.75},
+        "update": {"minibatches": 1},
         "learner": {"microbatch_size": 5},
         "advantage": {"mode": "batch"},
     }
     for name, changes in sections.items():
-        values[name] = values.get(name, {}) | changes
+        kept = {} if "kind" in changes else values.get(name, {})
+        values[name] = kept | changes
     return make_config(values)
 
 
@@ -57,19 +61,19 @@ def _redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
 
 
-def _learner(kind: str, dtype: str, randomize: Callable[..., None], **sections: Any) -> Trainer:
+def _learner(kind: str, dtype: str, randomize: Callable[..., None], **sections: Any) -> Learner:
     backbone = load_backbone("embedded", dtype=dtype)
-    learner: Trainer
+    learner: Learner
     if kind == "direct":
-        sections |= {"direct": {"method": "draft", "steps": 2}}
+        sections |= {"objective": {"kind": "direct", "method": "draft", "steps": 2}}
         learner = DirectLearner(backbone, _config(dtype, **sections), _redness)
     else:
-        learner = Learner(backbone, _config(dtype, **sections))
+        learner = PpoLearner(backbone, _config(dtype, **sections))
     randomize(learner.adapter, seed=1, scale=0.05)
     return learner
 
 
-def _batch(learner: Trainer) -> UpdateBatch:
+def _batch(learner: Learner) -> UpdateBatch:
     d = learner.config.diffusion
     sampler = Sampler(
         learner.backbone,
@@ -82,25 +86,26 @@ def _batch(learner: Trainer) -> UpdateBatch:
     return UpdateBatch(trajectory, np.array([1.0, -0.5, 0.7, -2.0]), np.ones(4, dtype=bool))
 
 
-def _gradient(learner: Trainer, batch: UpdateBatch, valid: int) -> list[Tensor]:
+def _gradient(learner: Learner, batch: UpdateBatch, valid: int) -> list[Tensor]:
     """The gradient of the batch's summed loss divided by `valid`."""
     rows = np.arange(4)
     if isinstance(learner, DirectLearner):
-        return learner._shard_gradient(batch, rows, valid)[0]
-    assert isinstance(learner, Learner)
+        return learner.shard_gradient(batch, rows, valid)[0]
+    assert isinstance(learner, PpoLearner)
     pairs = Pairs.of(rows, STEPS)
     anchor = torch.from_numpy(np.array(batch.trajectory.log_probs))
     anchor[pairs.sample, pairs.step] = learner.likelihood.log_probs(batch.trajectory, pairs)
-    totals, ones = _Totals(learner.backbone.device), torch.ones_like(anchor)
+    totals, ones = Totals(learner.backbone.device), torch.ones_like(anchor)
     return learner._shard_gradient(batch, pairs, anchor, ones, valid, totals, clip_range=1e9)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("kind", ["text", "joint", "direct"])
 def test_half_precision_keeps_the_gradient_at_the_magnitudes_of_sd(
     randomize: Callable[..., None], kind: str, dtype: str
 ) -> None:
-    lora = {"unet": {"rank": 2, "alpha": 2.0}} if kind == "joint" else {}
+    lora = {"denoiser": {"rank": 2, "alpha": 2.0}} if kind == "joint" else {}
     learner = _learner(kind, dtype, randomize, lora=lora)
     batch = _batch(learner)
     found = _gradient(learner, batch, SD_PAIRS)
@@ -111,6 +116,7 @@ def test_half_precision_keeps_the_gradient_at_the_magnitudes_of_sd(
     assert agreement.zeros < 0.001
 
 
+@pytest.mark.long
 def test_float16_keeps_the_gradient_over_six_decades(randomize: Callable[..., None]) -> None:
     learner = _learner("text", "float16", randomize)
     batch = _batch(learner)
@@ -127,24 +133,25 @@ def test_float32_is_scaled_and_unscaled_without_losing_a_bit(
     learner = _learner("text", "float32", randomize)
     batch = _batch(learner)
     scaled = _gradient(learner, batch, 12)
-    monkeypatch.setattr("texforce_ray.rl.learner.loss_scale", lambda *_: 1.0)
+    monkeypatch.setattr("texforce_ray.rl.ppo_learner.loss_scale", lambda *_: 1.0)
     for one, other in zip(scaled, _gradient(learner, batch, 12), strict=True):
         assert torch.equal(one, other)
 
 
 def test_weights_come_back_from_float32_bit_for_bit() -> None:
     backbone = load_backbone("embedded", dtype="bfloat16")
-    before = {k: v.clone() for k, v in backbone.unet.state_dict().items()}
+    before = {k: v.clone() for k, v in backbone.denoiser.state_dict().items()}
     with precision.in_float32(backbone):
         assert backbone.dtype == torch.float32
         assert backbone.noise_dtype == torch.bfloat16
     assert backbone.dtype == backbone.noise_dtype == torch.bfloat16
-    assert all(torch.equal(before[k], v) for k, v in backbone.unet.state_dict().items())
+    assert all(torch.equal(before[k], v) for k, v in backbone.denoiser.state_dict().items())
 
 
 # ---- the run's own check -----------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["text", "direct"])
 def test_the_first_update_says_how_far_its_gradient_is_that_of_float32(
     randomize: Callable[..., None], kind: str
@@ -158,8 +165,9 @@ def test_the_first_update_says_how_far_its_gradient_is_that_of_float32(
     assert "learner/gradient_agreement" not in learner.update(batch)
 
 
+@pytest.mark.long
 def test_a_fresh_adapter_whose_a_has_no_gradient_yet_agrees() -> None:
-    learner = Learner(load_backbone("embedded", dtype="float16"), _config("float16"))
+    learner = PpoLearner(load_backbone("embedded", dtype="float16"), _config("float16"))
     assert learner.update(_batch(learner))["learner/gradient_agreement"] > 0.99
 
 
@@ -174,7 +182,7 @@ def test_a_reward_that_answers_in_half_precision_keeps_its_gradient(
     def half(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return _redness(images, prompts).half()
 
-    config = _config("float16", direct={"method": "draft", "steps": 1})
+    config = _config("float16", objective={"kind": "direct", "method": "draft", "steps": 1})
     learner = DirectLearner(load_backbone("embedded", dtype="float16"), config, half)
     randomize(learner.adapter, seed=1, scale=0.05)
     gradient = _gradient(learner, _batch(learner), SD_PAIRS)
@@ -182,6 +190,7 @@ def test_a_reward_that_answers_in_half_precision_keeps_its_gradient(
     assert any(bool(part.any()) for part in gradient)
 
 
+@pytest.mark.long
 def test_the_check_waits_for_a_sample_that_counts(randomize: Callable[..., None]) -> None:
     learner = _learner("text", "float16", randomize)
     batch = _batch(learner)
@@ -190,6 +199,7 @@ def test_the_check_waits_for_a_sample_that_counts(randomize: Callable[..., None]
     assert "learner/gradient_agreement" in learner.update(batch)
 
 
+@pytest.mark.long
 def test_too_little_memory_leaves_nothing_behind(
     randomize: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,23 +224,24 @@ def test_too_little_memory_leaves_nothing_behind(
     assert learner.backbone.dtype == torch.float16
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("memory", [True, False], ids=["float32", "another scale"])
 def test_a_gradient_that_underflows_stops_the_run_before_its_first_update(
     randomize: Callable[..., None], monkeypatch: pytest.MonkeyPatch, memory: bool
 ) -> None:
     learner = _learner("text", "float16", randomize)
     batch = _batch(learner)
-    before = learner.snapshot()
+    before = learner.learned().snapshot
     # What there was before: no scale. A hundred thousandth of the loss stands for SD's size.
-    monkeypatch.setattr("texforce_ray.rl.learner.loss_scale", lambda *_: 1e-4)
+    monkeypatch.setattr("texforce_ray.rl.ppo_learner.loss_scale", lambda *_: 1e-4)
     if not memory:
 
         def too_large(_: object) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
         monkeypatch.setattr("texforce_ray.rl.precision.in_float32", too_large)
-    with pytest.raises(NumericsError, match=r"gradient in float16 is not the gradient.*bfloat16"):
+    with pytest.raises(NumericsError, match=r"gradient in float16 is unusable.*bfloat16"):
         learner.update(batch)
     assert learner.updates == 0
-    for key, value in learner.snapshot().adapters["text_encoder"].items():
+    for key, value in learner.learned().snapshot.adapters["text_encoder"].items():
         np.testing.assert_array_equal(value, before.adapters["text_encoder"][key])

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from texforce_ray.model.location import EMBEDDED
-from texforce_ray.shapes import pretrain
-from texforce_ray.shapes.pretrain import Recipe
+from texforce_ray.artifacts.location import EMBEDDED
+from texforce_ray.errors import ConfigError
+from texforce_ray.shapes import pretraining
+from texforce_ray.shapes.recipe import Recipe
 
 # Two saves in each stage, and odd counts: a stop may fall between them.
 TINY = Recipe(vae_steps=3, vae_batch=2, drawings=8, steps=5, batch=2, warmup=1, save_every=2)
@@ -25,11 +26,12 @@ def _weights(directory: Path) -> dict[str, np.ndarray]:
     }
 
 
-def test_a_killed_pretraining_goes_on_to_the_same_weights(
+@pytest.mark.long
+def test_a_killed_pretraining_resumes_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretrain.pretrain(TINY, tmp_path / "whole", tmp_path / "whole.work")
-    updates, done = pretrain._update, 0
+    pretraining.pretrain(TINY, tmp_path / "whole", tmp_path / "whole.work")
+    updates, done = pretraining._update, 0
 
     def dies_after(count: int) -> None:
         def update(*arguments: object) -> None:
@@ -39,15 +41,15 @@ def test_a_killed_pretraining_goes_on_to_the_same_weights(
             done += 1
             updates(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(pretrain, "_update", update)
+        monkeypatch.setattr(pretraining, "_update", update)
 
     # Kills in the VAE and with the U-Net; each loses at most one step.
     for count in (1, 2, 6, 7, 9):
         dies_after(count)
         with pytest.raises(KeyboardInterrupt):
-            pretrain.pretrain(TINY, tmp_path / "killed", tmp_path / "killed.work")
-    monkeypatch.setattr(pretrain, "_update", updates)
-    pretrain.pretrain(TINY, tmp_path / "killed", tmp_path / "killed.work")
+            pretraining.pretrain(TINY, tmp_path / "killed", tmp_path / "killed.work")
+    monkeypatch.setattr(pretraining, "_update", updates)
+    pretraining.pretrain(TINY, tmp_path / "killed", tmp_path / "killed.work")
     whole, killed = _weights(tmp_path / "whole"), _weights(tmp_path / "killed")
     assert whole.keys() == killed.keys()
     assert all(np.array_equal(whole[key], killed[key]) for key in whole)
@@ -74,7 +76,7 @@ def test_transformers_of_any_version_finds_all_weights_and_words(
 
 
 def test_a_resumed_pretraining_must_keep_its_recipe(tmp_path: Path) -> None:
-    pretrain._check_recipe(TINY, tmp_path / "recipe.json")
-    pretrain._check_recipe(TINY, tmp_path / "recipe.json")
-    with pytest.raises(SystemExit, match=r"other values of seed"):
-        pretrain._check_recipe(Recipe(seed=1), tmp_path / "recipe.json")
+    pretraining._check_recipe(TINY, tmp_path / "recipe.json")
+    pretraining._check_recipe(TINY, tmp_path / "recipe.json")
+    with pytest.raises(ConfigError, match=r"other values of seed"):
+        pretraining._check_recipe(Recipe(seed=1), tmp_path / "recipe.json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 import sys
@@ -15,125 +14,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.unit.prompt_formats import FORMATS, TEXTS, load
 from texforce_ray.config import PromptSource
 from texforce_ray.errors import ConfigError, PromptError
 from texforce_ray.prompts import Prompt, load_prompts
 
 SHARED = Path(__file__).parents[3] / "shared" / "prompts"
-TEXTS = ["a red café", 'he said "hi", twice', "ünï\u2028code"]
 
 
-def _load(path: Path, column: str = "prompt", limit: int | None = None) -> list[Prompt]:
-    return load_prompts(PromptSource(set=None, path=str(path), column=column, limit=limit))
-
-
-def _txt(path: Path) -> None:
-    path.write_bytes("\ufeff  a red café \r\n\r\n".encode() + "\n".join(TEXTS[1:]).encode())
-
-
-def _json_texts(path: Path) -> None:
-    path.write_text(json.dumps([*TEXTS, "  "]), encoding="utf-8")
-
-
-def _json_objects(path: Path) -> None:
-    path.write_text(json.dumps([{"prompt": text} for text in TEXTS]), encoding="utf-8")
-
-
-def _jsonl(path: Path) -> None:
-    lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in TEXTS[:2]]
-    path.write_text("\n\n".join([*lines, json.dumps(TEXTS[2], ensure_ascii=False)]), "utf-8")
-
-
-def _csv(path: Path) -> None:
-    quoted = ['"' + text.replace('"', '""') + '"' for text in TEXTS]
-    path.write_text("\n".join(["prompt", *quoted]), encoding="utf-8")
-
-
-def _parquet(path: Path) -> None:
-    pq.write_table(pa.table({"prompt": [*TEXTS, None, ""]}), path)
-
-
-def _tsv(path: Path) -> None:
-    quoted = ['"' + text.replace('"', '""') + '"' for text in TEXTS]
-    rows = [f"{i}\t{text}" for i, text in enumerate(quoted)]
-    path.write_text("\n".join(["id\tprompt", *rows]), encoding="utf-8")
-
-
-def _utf16(path: Path) -> None:
-    path.write_bytes("\r\n".join(TEXTS).encode("utf-16"))
-
-
-def _json_columns(path: Path) -> None:
-    columns = {"prompt": {str(i): text for i, text in enumerate(TEXTS)}}
-    path.write_text(json.dumps(columns), encoding="utf-8")
-
-
-def _json_under_a_key(path: Path) -> None:
-    rows = [{"prompt": text} for text in TEXTS]
-    path.write_text(json.dumps({"version": "1", "data": rows}), encoding="utf-8")
-
-
-def _json_by_id(path: Path) -> None:
-    rows = {f"00{i}": {"prompt": text} for i, text in enumerate(TEXTS)}
-    path.write_text(json.dumps(rows), encoding="utf-8")
-
-
-def _json_texts_by_id(path: Path) -> None:
-    path.write_text(json.dumps({f"00{i}": text for i, text in enumerate(TEXTS)}), encoding="utf-8")
-
-
-def _json_split(path: Path) -> None:
-    rows = [[i, text] for i, text in enumerate(TEXTS)]
-    table = {"columns": ["id", "prompt"], "index": [0, 1, 2], "data": rows}
-    path.write_text(json.dumps(table), encoding="utf-8")
-
-
-def _packed(write: Callable[[Path], None]) -> Callable[[Path], None]:
-    def packed(path: Path) -> None:
-        write(path)
-        path.write_bytes(gzip.compress(path.read_bytes()))
-
-    return packed
-
-
-def _captions(path: Path) -> None:
-    """As image captions are published: several of each image, of which the first one is taken."""
-    rows: list[dict] = [{"prompt": [text, "another"]} for text in TEXTS]
-    rows += [{"prompt": []}, {"prompt": None}]
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    ("ending", "write"),
-    [
-        (".txt", _txt),
-        (".json", _json_texts),
-        (".json", _json_objects),
-        (".jsonl", _jsonl),
-        (".csv", _csv),
-        (".CSV", _csv),
-        (".parquet", _parquet),
-        (".tsv", _tsv),
-        (".txt", _utf16),
-        (".json", _jsonl),
-        (".json", _json_columns),
-        (".json", _json_under_a_key),
-        (".json", _json_by_id),
-        (".json", _json_texts_by_id),
-        (".json", _json_split),
-        (".csv.gz", _packed(_csv)),
-        (".jsonl.gz", _packed(_jsonl)),
-        (".txt.gz", _packed(_txt)),
-        (".jsonl", _captions),
-    ],
-)
+@pytest.mark.parametrize(("ending", "write"), FORMATS)
 def test_every_format_holds_the_same_prompts(
     tmp_path: Path, ending: str, write: Callable[[Path], None]
 ) -> None:
     path = tmp_path / f"prompts{ending}"
     write(path)
-    assert [prompt.text for prompt in _load(path)] == TEXTS
-    assert [prompt.text for prompt in _load(path, limit=2)] == TEXTS[:2]
+    assert [prompt.text for prompt in load(path)] == TEXTS
+    assert [prompt.text for prompt in load(path, limit=2)] == TEXTS[:2]
 
 
 def test_other_fields_become_metadata(tmp_path: Path) -> None:
@@ -147,7 +43,7 @@ def test_other_fields_become_metadata(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), parquet)
     lines.write_text("\n".join(map(json.dumps, rows)))
     for path in (csv, parquet, lines):
-        assert _load(path, column="text") == expected, path
+        assert load(path, column="text") == expected, path
 
 
 @pytest.mark.parametrize(
@@ -158,7 +54,7 @@ def test_other_fields_become_metadata(tmp_path: Path) -> None:
         ("a.txt", b"\xff\xfe\x00", "cannot be read"),
         ("a.json", b"", "cannot be read"),
         ("a.json", b'{"prompt": " "}', "no prompts"),
-        ("a.json", b"[1, 2]", "entry 0: 1 (int) is not a text"),
+        ("a.json", b"[1, 2]", "entry 0: 1 (int) is not text"),
         ("a.json", b"[]", "holds no prompts"),
         ("a.jsonl", b'"a"\n{"prompt": ', "cannot be read"),
         ("a.jsonl", b'"a"\n{"text": "b"}', "line 2: no field 'prompt', only text"),
@@ -167,9 +63,9 @@ def test_other_fields_become_metadata(tmp_path: Path) -> None:
         ("a.csv", b"", "holds no prompts"),
         ("a.parquet", b"not parquet", "cannot be read"),
         ("a.parquet", b"", "cannot be read"),
-        ("a.csv", b"prompt\na fox, in snow\n", "line 2 has 2 cells and the header 1 (prompt)"),
-        ("a.csv", b"prompt,n\na\na fox, in snow,1\n", "line 3 has 3 cells and the header 2"),
-        ("a.csv", b"n,prompt\n1,a cat\n2\n", "line 3 has 1 of 2 cells and none for 'prompt'"),
+        ("a.csv", b"prompt\na fox, in snow\n", "line 2 has 2 cells but the header has 1 (prompt)"),
+        ("a.csv", b"prompt,n\na\na fox, in snow,1\n", "line 3 has 3 cells but the header has 2"),
+        ("a.csv", b"n,prompt\n1,a cat\n2\n", "line 3 has 1 of 2 cells, and none for 'prompt'"),
         ("a.csv", b'prompt,n\na,1\n"b,2\nc,3\nd,4\n', "line 3: unexpected end of data"),
         ("a.csv", b'prompt,n\n"b,2\nc,"3"\nd,4\n', "line 2: ',' expected after"),
         ("a.csv", b"prompt,n,prompt\na,1,b\n", "two columns are named 'prompt'"),
@@ -177,23 +73,23 @@ def test_other_fields_become_metadata(tmp_path: Path) -> None:
         ("a.csv", "prompt\ncaf\u00e9\n".encode("latin-1"), "line 2 is not UTF-8 (byte 0xe9)"),
         ("a.txt", "a red fox".encode("utf-16-le"), "looks like UTF-16"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": NaN}', "line 2, field 'prompt': nan (float)"),
-        ("a.jsonl", b'{"prompt": 1}', "line 1, field 'prompt': 1 (int) is not a text"),
-        ("a.jsonl", b'{"prompt": true}', "True (bool) is not a text"),
-        ("a.jsonl", b'{"prompt": ["a", 1]}', "['a', 1] (list) is not a text"),
+        ("a.jsonl", b'{"prompt": 1}', "line 1, field 'prompt': 1 (int) is not text"),
+        ("a.jsonl", b'{"prompt": true}', "True (bool) is not text"),
+        ("a.jsonl", b'{"prompt": ["a", 1]}', "['a', 1] (list) is not text"),
         (
             "a.jsonl",
             b'{"prompt": [{"role": "user", "content": "a"}]}',
-            "is not a text but a chat's messages",
+            "is not text but a chat's messages",
         ),
-        ("a.jsonl", b'{"prompt": {"en": "a"}}', "is not a text but an object"),
+        ("a.jsonl", b'{"prompt": {"en": "a"}}', "is not text but an object"),
         ("a.jsonl", b'{"prompt": "a", "x": "\\ud800"}', "line 1, field 'x': not valid text"),
         ("a.json", b'"a"\n"b', "line 2: "),
         ("a.json", b'{"train": ["a"], "test": ["b"]}', "several lists (train, test)"),
         ("a.json", b'{"caption": "a", "by": "b"}', "no 'prompt' among its keys caption, by"),
-        ("a.json", b'{"prompt": ["a", "b"], "n": [1]}', "'prompt' has 2, 'n' 1"),
+        ("a.json", b'{"prompt": ["a", "b"], "n": [1]}', "'prompt' has 2, 'n' has 1"),
         ("a.csv.gz", b"prompt", "cannot be read: Not a gzipped file"),
-        ("a.xlsx", b"a", "ending '.xlsx' is unknown; one of .txt, .json"),
-        ("a", b"a", "ending '' is unknown"),
+        ("a.xlsx", b"a", "unknown ending '.xlsx'; use one of .txt, .json"),
+        ("a", b"a", "unknown ending ''"),
     ],
 )
 def test_bad_file_is_named_with_what_is_wrong(
@@ -202,7 +98,7 @@ def test_bad_file_is_named_with_what_is_wrong(
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(PromptError) as caught:
-        _load(path)
+        load(path)
     assert str(path) in str(caught.value)
     assert problem in str(caught.value)
 
@@ -210,7 +106,7 @@ def test_bad_file_is_named_with_what_is_wrong(
 def test_missing_file_and_directory_are_named(tmp_path: Path) -> None:
     for path, problem in ((tmp_path / "none.txt", "does not exist"), (tmp_path, "no .parquet")):
         with pytest.raises(PromptError, match=problem) as caught:
-            _load(path)
+            load(path)
         assert str(path) in str(caught.value)
 
 
@@ -232,7 +128,7 @@ def test_metadata_are_plain_data_that_any_service_takes(
     nanoseconds = pa.array([1_659_355_200_000_000_123], pa.timestamp("ns"))
     pq.write_table(table.append_column("exact", nanoseconds), path)
     with caplog.at_level(logging.WARNING):
-        metadata = _load(path)[0].metadata
+        metadata = load(path)[0].metadata
     assert json.loads(json.dumps(metadata, allow_nan=False)) == {
         "timestamp": "2022-08-01T12:00:00+00:00",
         "day": "2022-08-01",
@@ -241,19 +137,19 @@ def test_metadata_are_plain_data_that_any_service_takes(
         "tags": [{"score": 1.5}],
         "exact": "2022-08-01T12:00:00",
     }
-    assert "columns of bytes are left out, rewards do not get them: jpg, images" in caplog.text
+    assert "columns of bytes are left out and not passed to rewards: jpg, images" in caplog.text
 
 
 def test_ids_of_an_object_stay_with_its_prompts(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     path.write_text('{"a1": {"prompt": "x", "n": 1}, "a2": {"prompt": "y", "id": 7}}')
-    assert _load(path) == [Prompt("x", {"id": "a1", "n": 1}), Prompt("y", {"id": 7})]
+    assert load(path) == [Prompt("x", {"id": "a1", "n": 1}), Prompt("y", {"id": 7})]
 
 
 def test_text_that_a_parquet_file_stores_as_bytes_is_read(tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     pq.write_table(pa.table({"prompt": [text.encode() for text in TEXTS]}), path)
-    assert [prompt.text for prompt in _load(path)] == TEXTS
+    assert [prompt.text for prompt in load(path)] == TEXTS
 
 
 def test_a_prompt_that_swallowed_rows_is_warned_of(
@@ -261,7 +157,7 @@ def test_a_prompt_that_swallowed_rows_is_warned_of(
 ) -> None:
     path = tmp_path / "p.csv"
     path.write_text('prompt,size\n"a circle,1\na square,2\na sign of 5",3\n')
-    assert len(_load(path)) == 1
+    assert len(load(path)) == 1
     assert "spans lines 2-4; is a quote missing?" in caplog.text
 
 
@@ -329,7 +225,7 @@ def test_a_uri_is_refused_with_what_to_do(uri: str) -> None:
         load_prompts(PromptSource(set=None, path=uri))
 
 
-# ---- real prompt files ---------------------------------------------------------------------
+# ---- real prompt files --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -346,7 +242,7 @@ def test_published_prompt_files_can_be_read(name: str, column: str) -> None:
     path = SHARED / name
     if not path.is_file():
         pytest.skip(f"{path} is not there")
-    prompts = _load(path, column)
+    prompts = load(path, column)
     raw = path.read_text(encoding="utf-8")
     entries = json.loads(raw) if name.endswith(".json") else raw.split("\n")
     texts = [e[column] if isinstance(e, dict) else e for e in entries]

@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from texforce_ray.config_io import make_config
+from texforce_ray.config.io import make_config
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.model.backbone import Backbone
-from texforce_ray.rl.learner import Learner, _Totals
-from texforce_ray.rl.trainer import UpdateBatch
+from texforce_ray.rl.ppo_learner import PpoLearner
+from texforce_ray.rl.ppo_totals import Totals
+from texforce_ray.rl.sharding import UpdateBatch
 
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 PROMPTS = ["a green circle"] * 3 + ["two red squares"] * 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_the_released_order_gives_the_same_samples_and_gradients(
     monkeypatch: pytest.MonkeyPatch,
@@ -35,11 +37,12 @@ def test_the_released_order_gives_the_same_samples_and_gradients(
             "diffusion": {"steps": 4, "guidance_scale": guidance_scale},
             "prompts": {"per_iteration": 2, "samples_per_prompt": 3},
             "rollout": {"batch_size": 6},
-            "ppo": {"num_minibatches": 1, "clip_range": 0.5},
-            "lora": {"rank": 2, "alpha": 2.0},
+            "objective": {"clip_range": 0.5},
+            "update": {"minibatches": 1},
+            "lora": {"text_encoder": {"rank": 2, "alpha": 2.0}},
         }
     )
-    learner = Learner(tiny_backbone(), config)
+    learner = PpoLearner(tiny_backbone(), config)
     randomize(learner.adapter, seed=1)
     released, seeds = ReleasedSchedule(learner), np.arange(6)
     theirs, images = released.sample(PROMPTS, seeds)
@@ -53,7 +56,7 @@ def test_the_released_order_gives_the_same_samples_and_gradients(
     batch = UpdateBatch(theirs, np.linspace(-2, 2, 6), mask)
     rows, steps = np.array([5, 0, 3, 1, 2, 4]), np.array([[0, 2]] * 3 + [[1, 3]] * 3)
     expected = released.gradient(batch, rows, steps)
-    anchor, totals = torch.from_numpy(theirs.log_probs), [_Totals(torch.device("cpu"))]
+    anchor, totals = torch.from_numpy(theirs.log_probs), [Totals(torch.device("cpu"))]
     found = learner._minibatch_gradient(batch, rows, steps, anchor, torch.ones_like(anchor), totals)
     scale = max(float(t.abs().max()) for t in expected)
     assert scale > 0
@@ -61,11 +64,12 @@ def test_the_released_order_gives_the_same_samples_and_gradients(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * scale)
 
 
-@pytest.mark.parametrize("ppo", [{}, {"timestep_choice": "first"}, {"epochs": 2}])
+@pytest.mark.parametrize(("ppo", "epochs"), [({}, 1), ({"timestep_choice": "first"}, 1), ({}, 2)])
 def test_the_released_order_trains_on_the_learners_pairs(
     monkeypatch: pytest.MonkeyPatch,
     tiny_backbone: Callable[[], Backbone],
     ppo: dict[str, object],
+    epochs: int,
 ) -> None:
     monkeypatch.setattr(sys, "path", [BENCHMARKS, *sys.path])
     from released_schedule import ReleasedSchedule
@@ -75,11 +79,12 @@ def test_the_released_order_trains_on_the_learners_pairs(
             "diffusion": {"steps": 4, "guidance_scale": 4.0, "storage_dtype": "float16"},
             "prompts": {"per_iteration": 2, "samples_per_prompt": 3},
             "rollout": {"batch_size": 6},
-            "ppo": {"num_minibatches": 2, "decoupled": "never", **ppo},
+            "objective": {"decoupled": "never", **ppo},
+            "update": {"minibatches": 2, "epochs": epochs},
         }
     )
-    learner = Learner(tiny_backbone(), config)
-    released, state = ReleasedSchedule(learner), learner.state()
+    learner = PpoLearner(tiny_backbone(), config)
+    released, state = ReleasedSchedule(learner), learner.learned()
     trajectory, _ = released.sample(PROMPTS, np.arange(6))
     assert trajectory.latents.dtype == np.float16
     batch = UpdateBatch(trajectory, np.linspace(-2, 2, 6), np.ones(6, dtype=bool))
@@ -99,5 +104,5 @@ def test_the_released_order_trains_on_the_learners_pairs(
         return seen
 
     ours = pairs(learner.update)
-    assert len(ours) == 2 * config.ppo.epochs
+    assert len(ours) == 2 * config.update.epochs
     assert pairs(released.update) == ours

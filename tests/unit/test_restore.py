@@ -1,4 +1,4 @@
-"""Where a run goes on when checkpoints are damaged."""
+"""Where a run resumes when checkpoints are damaged."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.torture import checkpoint
-from texforce_ray.config_io import load_config
-from texforce_ray.driver import _restore
+from texforce_ray.config.io import load_config
+from texforce_ray.driver.session import restore
 from texforce_ray.errors import CheckpointError
 from texforce_ray.records import checkpoint as checkpoints
 from texforce_ray.records.checkpoint import Whole, prune, save_checkpoint
@@ -21,7 +21,7 @@ def _damaged(run_dir: Path, *iterations: int) -> None:
 
 
 def _restored(run_dir: Path) -> int | None:
-    found = _restore(load_config("configs/smoke.yaml", [f"run_dir={run_dir}"]))
+    found = restore(load_config("configs/smoke.yaml", [f"run_dir={run_dir}"]))
     return found.iteration if found else None
 
 
@@ -37,7 +37,7 @@ def test_from_the_beginning_where_nothing_older_has_been_deleted(
     assert _restored(tmp_path) is None
     _damaged(tmp_path, 1, 2)
     assert _restored(tmp_path) is None
-    assert "starting it again" in caplog.text
+    assert "starting the run again" in caplog.text
 
 
 def test_not_from_the_beginning_of_a_long_run(tmp_path: Path) -> None:

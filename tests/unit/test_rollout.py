@@ -10,7 +10,7 @@ import pytest
 
 from texforce_ray.actors.messages import unpack_images
 from texforce_ray.actors.rollout import RolloutActor
-from texforce_ray.config_io import make_config
+from texforce_ray.config.io import make_config
 
 pytestmark = pytest.mark.usefixtures("no_cluster")
 

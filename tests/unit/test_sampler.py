@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from texforce_ray.diffusion import ddim
-from texforce_ray.diffusion.sampler import Sampler, encode_distinct, policy_mean
+from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.diffusion.trajectory import Trajectory, concatenate
 from texforce_ray.model.backbone import Backbone, load_backbone
 
@@ -97,19 +97,18 @@ def test_neighbours_in_the_batch_do_not_matter(backbone: Backbone) -> None:
 
 def _recomputed(backbone: Backbone, trajectory: Trajectory, sampler: Sampler) -> np.ndarray:
     ids = tuple(torch.from_numpy(part) for part in trajectory.prompt_ids)
-    columns = []
+    columns, denoiser = [], sampler.denoiser
     with torch.no_grad():
-        conditioning, rows = encode_distinct(backbone, ids, sampler.guidance_scale)
-        prepared = backbone.prepare(conditioning)
+        conditioning, rows = denoiser.encode(ids)
+        prepared = denoiser.prepare(conditioning)
         for index in range(len(trajectory.timesteps)):
             step = torch.full((len(trajectory),), index)
             x, x_prev = (
                 torch.from_numpy(trajectory.latents[:, i]).to(backbone.dtype)
                 for i in (index, index + 1)
             )
-            scale = sampler.guidance_scale
-            mean = policy_mean(backbone, sampler.table, step, x, prepared, rows, scale)
-            columns.append(ddim.log_prob(sampler.table, step, x_prev.float(), mean.float()))
+            mean = denoiser.mean(step, x, prepared, rows)
+            columns.append(denoiser.process.log_prob(step, x_prev.float(), mean.float()))
     return torch.stack(columns, 1).numpy()
 
 
@@ -125,7 +124,9 @@ def test_stored_latents_reproduce_the_likelihoods(backbone: Backbone, storage: s
     assert np.abs(decoded.astype(int) - images.astype(int)).max() <= 1
 
 
-def test_rounded_storage_without_going_on_from_it_would_be_noticed(backbone: Backbone) -> None:
+def test_rounded_storage_that_sampling_does_not_continue_from_is_noticed(
+    backbone: Backbone,
+) -> None:
     sampler = _sampler(backbone)
     trajectory, _ = sampler.sample(PROMPTS, SEEDS, 0)
     rounded = replace(trajectory, latents=trajectory.latents.astype(np.float16))
@@ -140,7 +141,7 @@ def test_log_probs_are_those_of_the_noise_that_was_drawn(backbone: Backbone) -> 
         generator = torch.Generator().manual_seed(int(seed))
         first = torch.randn((1, 4, 8, 8), generator=generator)
         np.testing.assert_array_equal(trajectory.latents[row, 0], first[0].numpy())
-        for index, sigma in enumerate(sampler.table.sigma.tolist()):
+        for index, sigma in enumerate(sampler.denoiser.process.sigma.tolist()):
             noise = torch.randn((1, 4, 8, 8), generator=generator).double()
             expected = float(-(noise**2).mean() / 2) - np.log(sigma) - 0.5 * np.log(2 * np.pi)
             assert trajectory.log_probs[row, index] == pytest.approx(expected, abs=2e-5)
@@ -149,11 +150,13 @@ def test_log_probs_are_those_of_the_noise_that_was_drawn(backbone: Backbone) -> 
 def test_guidance_of_at_most_one_takes_one_pass(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = []
-    forward = backbone.unet.forward
-    monkeypatch.setattr(
-        backbone.unet, "forward", lambda x, *a, **k: (sizes.append(len(x)), forward(x, *a, **k))[1]
-    )
+    sizes, forward = [], backbone.denoiser.forward
+
+    def noted(x: torch.Tensor, *given: Any, **named: Any) -> Any:
+        sizes.append(len(x))
+        return forward(x, *given, **named)
+
+    monkeypatch.setattr(backbone.denoiser, "forward", noted)
     _sampler(backbone, guidance=1.0).sample(PROMPTS[:2], SEEDS[:2], 0)
     _sampler(backbone, guidance=3.0).sample(PROMPTS[:2], SEEDS[:2], 0)
     assert sizes == [2] * 4 + [4] * 4
@@ -167,6 +170,24 @@ def test_long_prompts_are_cut_and_counted(backbone: Backbone) -> None:
     _, images = _sampler(backbone).sample([long], SEEDS[:1], 0)
     _, cut = _sampler(backbone).sample(["red " * 22], SEEDS[:1], 0)
     np.testing.assert_array_equal(images, cut)
+
+
+def test_latents_that_nobody_reads_are_not_stored(backbone: Backbone) -> None:
+    sampler = _sampler(backbone)
+    whole, images = sampler.sample(PROMPTS, SEEDS, 0)
+    keep = np.zeros((5, 5), dtype=bool)
+    keep[0, [1, 2]], keep[1:, [0, 1, 4]] = True, True
+    part, same = sampler.sample(PROMPTS, SEEDS, 0, keep)
+    np.testing.assert_array_equal(images, same)
+    assert part.latents.shape[:2] == (5, 3)
+    sample, step = np.nonzero(keep)
+    np.testing.assert_array_equal(part.latents_at(sample, step), whole.latents_at(sample, step))
+    for missing in [(0, 0), (0, 4), (3, 2)]:
+        with pytest.raises(LookupError, match="not kept"):
+            part.latents_at(*(np.array([i]) for i in missing))
+    wider = concatenate([part, whole])
+    np.testing.assert_array_equal(wider.latents_at(sample, step), whole.latents_at(sample, step))
+    np.testing.assert_array_equal(wider.latents[5:], whole.latents)
 
 
 def test_batches_join_in_order(backbone: Backbone) -> None:

@@ -24,6 +24,7 @@ def _mean(drawn: str, asked: str, count: int = 40) -> float:
     return float(np.mean(scores))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ability", ABILITIES)
 def test_true_drawings_get_full_marks(ability: str) -> None:
     scenes, rng = all_scenes(ability), np.random.default_rng(1)
@@ -99,6 +100,7 @@ def test_blank_images_score_nothing(value: int) -> None:
     assert {detector.score(image, s) for s in EVERY_SCENE[::97]} == {0.0}
 
 
+@pytest.mark.long
 @given(st.integers(0, 2**32), st.sampled_from([4, 8, 64]))
 def test_noise_stays_within_bounds_and_earns_little(seed: int, size: int) -> None:
     rng = np.random.default_rng(seed)
@@ -220,6 +222,7 @@ def test_drawings_of_all_kinds_are_small_images_with_known_words() -> None:
     assert any(" face" in caption for caption in said)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ability", ABILITIES)
 def test_appearance_is_another_axis_than_content(ability: str) -> None:
     scenes, rng = all_scenes(ability), np.random.default_rng(5)
@@ -278,6 +281,6 @@ def test_every_caption_fits_and_differs() -> None:
     assert len({tuple(row) for row in rows}) == len(said)
 
 
-def test_unknown_words_are_told_apart() -> None:
+def test_unknown_words_get_different_tokens() -> None:
     one, other = _tokenizer()(["a dog", "a cat"]).input_ids
     assert one != other

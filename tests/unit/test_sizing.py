@@ -14,11 +14,11 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from texforce_ray.actors import sizing as actors_sizing
-from texforce_ray.actors.placement import options
-from texforce_ray.actors.sizing import find_size, with_sizes
+from texforce_ray.cluster.placement import actor_options
 from texforce_ray.config import Config
-from texforce_ray.config_io import make_config
+from texforce_ray.config.io import make_config
+from texforce_ray.crew import sizing as actors_sizing
+from texforce_ray.crew.sizing import find_size, with_sizes
 from texforce_ray.errors import ConfigError, ResourceError
 from texforce_ray.model import flops
 from texforce_ray.model.attention import group_rows
@@ -129,13 +129,13 @@ def test_memory_of_a_gpu_grows_in_segments_unless_the_user_says_otherwise(
     names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
     for name in names:
         monkeypatch.delenv(name, raising=False)
-    given = options({"CPU": 1, "GPU": 0.5})["runtime_env"]["env_vars"]
+    given = actor_options({"CPU": 1, "GPU": 0.5})["runtime_env"]["env_vars"]
     assert given == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    assert not set(names) & options({"CPU": 1})["runtime_env"]["env_vars"].keys()
+    assert not set(names) & actor_options({"CPU": 1})["runtime_env"]["env_vars"].keys()
     for name in names:
         with monkeypatch.context() as user:
             user.setenv(name, "max_split_size_mb:128")
-            assert options({"GPU": 1})["runtime_env"]["env_vars"] == {}
+            assert actor_options({"GPU": 1})["runtime_env"]["env_vars"] == {}
 
 
 class _Ray:
@@ -198,7 +198,7 @@ TINY = {
     "diffusion": {"steps": 4, "guidance_scale": 2.0},
     "prompts": {"per_iteration": 4, "samples_per_prompt": 8},
     "rollout": {"batch_size": 8},
-    "lora": {"unet": {}},
+    "lora": {"denoiser": {}},
 }
 
 
@@ -208,8 +208,8 @@ class _Unet:
     def __init__(self, backbone: Backbone) -> None:
         self.rows: list[int] = []
         self.adapted: list[bool] = []
-        self._unet = backbone.unet
-        backbone.unet.register_forward_pre_hook(self._note, with_kwargs=True)
+        self._unet = backbone.denoiser
+        backbone.denoiser.register_forward_pre_hook(self._note, with_kwargs=True)
 
     def _note(self, _: Any, args: Any, kwargs: Any) -> None:
         self.rows.append(len(args[0] if args else kwargs["sample"]))
@@ -227,13 +227,14 @@ def test_sampling_is_measured_with_the_adapters_of_every_part(tiny_backbone: Loa
     assert work.stored_bytes(backbone, make_config(TINY)) == 2 * 2 * 4 * latent
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kl_weight", [0.0, 0.1])
 def test_updates_are_measured_with_u_net_lora_and_kl_pass(
     tiny_backbone: Load, kl_weight: float
 ) -> None:
     backbone = tiny_backbone()
     seen = _Unet(backbone)
-    config = make_config(TINY | {"ppo": {"kl_weight": kl_weight}})
+    config = make_config(TINY | {"objective": {"kl_weight": kl_weight}})
     run, most = work.update(backbone, config)
     assert most == 8 * 2, "a minibatch's samples by the steps that are trained"
     for size, chunks in ((2, [2] * 4), (16, [16])):
@@ -242,7 +243,7 @@ def test_updates_are_measured_with_u_net_lora_and_kl_pass(
         passes = 2 if kl_weight else 1
         assert seen.rows == [2 * rows for rows in chunks for _ in range(passes)]
         assert seen.adapted == [True, False][:passes] * len(chunks)
-    left = [m for m in backbone.unet.modules() if isinstance(m, BaseTunerLayer)]
+    left = [m for m in backbone.denoiser.modules() if isinstance(m, BaseTunerLayer)]
     assert not left, "the next size starts from the base"
 
 
@@ -270,7 +271,9 @@ def test_direct_backpropagation_is_measured_with_vae_and_reward(
         return images.mean(dim=(1, 2, 3))
 
     rewards = [{"name": "shapes_scorer"}]
-    config = make_config(TINY | {"direct": {"method": method, "steps": 3}, "rewards": rewards})
+    config = make_config(
+        TINY | {"objective": {"kind": "direct", "method": method, "steps": 3}, "rewards": rewards}
+    )
     run, most = work.update(backbone, config, reward)
     passes = 1 if method == "refl" else 3
     assert most == 8 * passes

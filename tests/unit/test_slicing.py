@@ -21,6 +21,7 @@ def _trajectory(size: int, first: int = 0, version: int = 3) -> Trajectory:
     return Trajectory(
         prompt_ids=(rows[:, None] + np.arange(4), rows[:, None] * np.ones(3, np.int64)),
         latents=(rows[:, None, None, None, None] + np.zeros((1, 4, 2, 1, 1))).astype(np.float32),
+        slots=np.tile(np.arange(4), (size, 1)),
         timesteps=np.array([30, 20, 10]),
         log_probs=(rows[:, None] + np.zeros(3)).astype(np.float32),
         prompts=tuple(f"prompt {row}" for row in rows),
@@ -84,16 +85,18 @@ def test_learners_wait_for_each_other_as_long_as_an_update_may_take(
     from types import SimpleNamespace
 
     from texforce_ray.actors.learner import LearnerActor
-    from texforce_ray.config_io import make_config
+    from texforce_ray.config.io import make_config
     from texforce_ray.rl import group
 
     met: list[tuple] = []
-    monkeypatch.setattr(group, "Together", lambda *given: met.append(given) or group.Alone())
+    monkeypatch.setattr(
+        group, "LearnerGroup", lambda *given: met.append(given) or group.SoloGroup()
+    )
     actor = object.__new__(LearnerActor)
     actor.config = make_config({"learner": {"timeout_s": 7000}, "ray": {"start_timeout_s": 180}})
     actor._address = None
     backbone = SimpleNamespace(device="cpu")
-    actor.learner = SimpleNamespace(backbone=backbone, group=group.Alone())  # type: ignore[assignment]
+    actor.learner = SimpleNamespace(backbone=backbone, group=group.SoloGroup())  # type: ignore[assignment]
     actor._join(Membership(1, 2, "tcp://host:1"))
     assert met == [("tcp://host:1", 1, 2, "cpu", 7000)]
 
@@ -102,9 +105,9 @@ def test_leaving_a_group_does_not_wait_for_dead_peers() -> None:
     import torch
     import torch.distributed as dist
 
-    from texforce_ray.rl.group import Together
+    from texforce_ray.rl.group import LearnerGroup
 
-    together = Together("tcp://127.0.0.1:0", 0, 1, torch.device("cpu"), 60)
+    together = LearnerGroup("tcp://127.0.0.1:0", 0, 1, torch.device("cpu"), 60)
     assert together.gather(torch.ones(1, 2)).tolist() == [[1, 1]]
     together.close()
     assert not dist.is_initialized()

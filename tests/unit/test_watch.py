@@ -1,4 +1,4 @@
-"""What goes wrong slowly is said once, with the metric and the iteration."""
+"""Slow failures of learning are reported once, with the metric and the iteration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from texforce_ray.watch import Watch
+from texforce_ray.observability.alarms import LearningAlarms
 
 
 def _lines(means: Sequence[float], std: float = 0.1) -> list[dict]:
@@ -15,7 +15,7 @@ def _lines(means: Sequence[float], std: float = 0.1) -> list[dict]:
 
 
 def _said(lines: Sequence[dict]) -> list[str]:
-    watch = Watch()
+    watch = LearningAlarms()
     return [text for line in lines for text in watch.look(line)]
 
 
@@ -23,7 +23,7 @@ def test_a_run_that_rises_or_wavers_is_left_alone() -> None:
     assert _said(_lines([0.4, 0.5, 0.45, 0.55, 0.6, 0.52, 0.58, 0.61])) == []
 
 
-def test_a_collapse_is_said_once() -> None:
+def test_a_collapse_is_reported_once() -> None:
     (text,) = _said(_lines([0.6] * 6 + [0.1] * 6))
     assert text.startswith("iteration 7:")
     assert "reward/total_mean has fallen from 0.600 to 0.400" in text
@@ -31,7 +31,7 @@ def test_a_collapse_is_said_once() -> None:
 
 def test_a_resumed_run_does_not_say_it_again() -> None:
     lines = _lines([0.6] * 6 + [0.1] * 6)
-    watch = Watch(lines[:9])
+    watch = LearningAlarms(lines[:9])
     assert [text for line in lines[9:] for text in watch.look(line)] == []
 
 

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
-from texforce_ray.actors.learner import LearnerActor, Updated
+from texforce_ray.actors.learner import LearnerActor, Published
+from texforce_ray.actors.messages import Membership, Refs, UpdateTask
 from texforce_ray.actors.rollout import RolloutActor
 from texforce_ray.config import Config
 
-if TYPE_CHECKING:
-    from ray import ObjectRef
-
 
 class ColocatedActor(RolloutActor, LearnerActor):
-    """Samples with the learner's own networks; the learner's weights are put back after."""
+    """Samples with the learner's own networks; the learner's weights are restored afterwards."""
 
     def __init__(self, config: Config) -> None:
         RolloutActor.__init__(self, config)
         self._begin(self.backbone, config)
 
-    def update(self, *given: Any) -> Updated:
+    def update(self, task: UpdateTask, membership: Membership = Membership()) -> Published:  # noqa: B008 - immutable
         import torch
 
         torch.set_num_threads(self.config.learner.num_threads)
         try:
-            return LearnerActor.update(self, *given)
+            return LearnerActor.update(self, task, membership)
         finally:
             torch.set_num_threads(self.config.rollout.num_threads)
 
     @contextmanager
-    def _policy(self, policy: Sequence[ObjectRef]) -> Iterator[None]:
+    def _policy(self, policy: Refs) -> Iterator[None]:
         import ray
 
         adapter = self.learner.adapter
@@ -39,12 +36,12 @@ class ColocatedActor(RolloutActor, LearnerActor):
             with adapter.disabled():
                 yield
             return
-        own, wanted = self.learner.snapshot(), policy[0].hex()
-        try:  # whatever fails, the learner must have its weights back
-            adapter.load(ray.get(policy[0]))
+        own, wanted = adapter.snapshot(self.learner.version), policy[0].hex()
+        try:  # whatever fails, the learner must get its weights back
+            adapter.load_weights(ray.get(policy[0]).adapters)
             if wanted != self._loaded:
                 self._effect = self._probe.measure(adapter)
                 self._loaded = wanted
             yield
         finally:
-            adapter.load(own)
+            adapter.load_weights(own.adapters)

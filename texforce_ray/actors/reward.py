@@ -11,14 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from texforce_ray.actors.messages import ImagePayload, Scores, unpack_images, whereabouts
+from texforce_ray.actors.messages import (
+    ImagePayload,
+    Scores,
+    Whereabouts,
+    unpack_images,
+    whereabouts,
+)
 from texforce_ray.errors import DeviceError, is_device_fault, redacted
 from texforce_ray.rewards import deadline
 from texforce_ray.rewards.base import checked_scores, load_reward
 
 
 class RewardServer:
-    """Scores images with one reward; a failure travels back as data, not as an exception."""
+    """Scores images with one reward; a failure is returned as data, not as an exception."""
 
     def __init__(
         self,
@@ -31,12 +37,12 @@ class RewardServer:
         self.name, self.batch_size, self.timeout_s = name, batch_size, timeout_s
         self.reward = load_reward(target, kwargs)
 
-    def ready(self) -> str:
-        """The process, for log messages."""
+    def ready(self) -> Whereabouts:
+        """Where this server runs, once it has started."""
         return whereabouts(sys.executable)
 
     def memory(self) -> dict[str, float]:
-        """Peak memory in MB: of the process, and on the GPU if torch is there and has one."""
+        """Peak memory in MB: of the process, and on the GPU if torch is loaded and has one."""
         peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available():
@@ -61,7 +67,7 @@ class RewardServer:
                 if deadline.left() < 0:
                     raise TimeoutError(
                         f"{first} of {len(prompts)} images took {time.perf_counter() - start:.0f} "
-                        f"s of the reward's timeout_s = {self.timeout_s:g}"
+                        f"s, but the reward's timeout_s is {self.timeout_s:g}"
                     )
                 part = slice(first, first + self.batch_size)
                 values = self.reward.score(images[part], prompts[part], metadata[part])

@@ -1,4 +1,4 @@
-"""Rollout actor: a thin shell around the sampler. Heavy imports wait until it is made."""
+"""Rollout actor: a thin shell around the sampler. Heavy imports wait until it is created."""
 
 from __future__ import annotations
 
@@ -12,20 +12,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from texforce_ray.actors.messages import ImagePayload, Info, WorkUnit, pack_images, whereabouts
+from texforce_ray.actors.messages import (
+    ImagePayload,
+    Refs,
+    SampleInfo,
+    Whereabouts,
+    WorkUnit,
+    pack_images,
+    whereabouts,
+)
 from texforce_ray.actors.torch_trace import TorchTrace
+from texforce_ray.artifacts.snapshot import PolicySnapshot
 from texforce_ray.config import Config
-from texforce_ray.model.snapshot import PolicySnapshot
 from texforce_ray.records.looks import Looks
 
 if TYPE_CHECKING:
-    from ray import ObjectRef
-
     from texforce_ray.diffusion.trajectory import Trajectory
 
 
 def quiet_libraries() -> None:
-    """Keep progress bars and advice of the libraries out of the run's output."""
+    """Keep the libraries' progress bars and advice out of the run's output."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -64,28 +70,28 @@ class RolloutActor:
         self._peak_flops = matmul_peak(self.backbone.device, self.backbone.dtype)
         self._adapter: Adapter | None = None
         self._loaded: str | None = None
-        self._who = ""
+        self._where: Whereabouts | None = None
         self._probe = EffectProbe(self.backbone)
         self._effect = self._probe.measure(None)
 
-    def ready(self) -> str:
-        """Device and process, for log messages."""
-        self._who = self._who or whereabouts(self.backbone.device)
-        return self._who
+    def ready(self) -> Whereabouts:
+        """Where this actor runs, once it has started."""
+        self._where = self._where or whereabouts(self.backbone.device)
+        return self._where
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
         """How many prompts are longer than the encoder's limit."""
         return sum(self.backbone.tokenize(prompts).truncated)
 
-    def sample(
-        self, unit: WorkUnit, policy: Sequence[ObjectRef]
-    ) -> tuple[Info, Trajectory, ImagePayload]:
-        """One unit of work under the policy that `policy[0]` refers to."""
+    def sample(self, unit: WorkUnit, policy: Refs) -> tuple[SampleInfo, Trajectory, ImagePayload]:
+        """Sample one unit of work under the policy that `policy[0]` refers to."""
         start = time.perf_counter()
         profiled = unit.iteration in self.config.profile and unit.index == 0
         with self._policy(policy), TorchTrace(profiled) as trace:
-            trajectory, images = self.sampler.sample(unit.prompts, unit.seeds, unit.policy_version)
-        info = Info(
+            trajectory, images = self.sampler.sample(
+                unit.prompts, unit.seeds, unit.policy_version, self._keep(unit)
+            )
+        info = SampleInfo(
             time.perf_counter() - start,
             flops=float(self._sample_flops * len(unit)),
             peak_flops=self._peak_flops,
@@ -93,25 +99,32 @@ class RolloutActor:
             image_bytes=images.nbytes,
             trace=trace.data,
             effect=self._effect,
-            who=self.ready(),
+            actor=self.ready(),
         )
         return info, trajectory, pack_images(images)
+
+    def _keep(self, unit: WorkUnit) -> np.ndarray:
+        from texforce_ray.rl.objectives import learner_class
+
+        first, process = unit.index * self.config.rollout.batch_size, self.sampler.denoiser.process
+        kept = learner_class(self.config).kept_latents
+        return kept(self.config, process, unit.iteration, first, len(unit))
 
     def generate(
         self,
         prompts: Sequence[str],
         seeds: np.ndarray,
-        policy: Sequence[ObjectRef],
+        policy: Refs,
         guidance_scale: float,
-    ) -> tuple[Info, ImagePayload]:
-        """Images alone, for evaluation; without a policy, those of the base model."""
+    ) -> tuple[SampleInfo, ImagePayload]:
+        """Generate only images, for evaluation; without a policy, those of the base model."""
         start = time.perf_counter()
         sampler = self.sampler.drawing(guidance_scale, self.config.evaluation_eta)
         with self._policy(policy):
             _, images = sampler.sample(prompts, seeds, policy_version=0)
-        return Info(time.perf_counter() - start, Looks.of(images)), pack_images(images)
+        return SampleInfo(time.perf_counter() - start, Looks.of(images)), pack_images(images)
 
-    def export(self, policy: Sequence[ObjectRef]) -> dict[str, bytes]:
+    def export(self, policy: Refs) -> dict[str, bytes]:
         """The adapter's files by name; the driver writes them."""
         import ray
 
@@ -126,28 +139,27 @@ class RolloutActor:
         self, adapters: Sequence[tuple[float, str, dict[str, bytes]]]
     ) -> tuple[None, PolicySnapshot]:
         """Weighted sum of exported adapters: (weight, name for errors, files) each."""
+        from texforce_ray.artifacts.location import most_layers
         from texforce_ray.model.adapter_files import read_adapter
         from texforce_ray.model.fusion import fuse
 
-        blocks = self.backbone.unet.config.layers_per_block
-        per_block = blocks if isinstance(blocks, int) else max(blocks)
-        found = []
+        per_block, terms = most_layers(self.backbone.denoiser.config), []
         for weight, origin, files in adapters:
             with tempfile.TemporaryDirectory() as folder:
                 for name, data in files.items():
                     (Path(folder) / name).parent.mkdir(exist_ok=True)
                     (Path(folder) / name).write_bytes(data)
-                found.append((weight, read_adapter(Path(folder), origin, per_block)))
-        # As it is: the same bits.
-        if len(found) == 1 and found[0][0] == 1.0:
-            return None, found[0][1]
-        return None, fuse(found)
+                terms.append((weight, read_adapter(Path(folder), origin, per_block)))
+        # A single adapter is returned unchanged, bit for bit.
+        if len(terms) == 1 and terms[0][0] == 1.0:
+            return None, terms[0][1]
+        return None, fuse(terms)
 
     @contextmanager
-    def _policy(self, policy: Sequence[ObjectRef]) -> Iterator[None]:
-        """Within it, the task's policy is loaded; without one, the base model is.
+    def _policy(self, policy: Refs) -> Iterator[None]:
+        """Within the block, the task's policy is loaded; without one, the base model is.
 
-        It stays loaded until a task names another: a restarted actor heals itself.
+        It stays loaded until a task names another, so a restarted actor recovers by itself.
         """
         import ray
 
@@ -170,7 +182,7 @@ class RolloutActor:
         if self._adapter is None or self._adapter.shapes != snapshot.shapes:
             self._remove()
             self._adapter = Adapter(self.backbone, snapshot.shapes, seed=0)
-        self._adapter.load(snapshot)
+        self._adapter.load_weights(snapshot.adapters)
 
     def _remove(self) -> None:
         if self._adapter is not None:

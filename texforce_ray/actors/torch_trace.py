@@ -9,9 +9,9 @@ from typing import Any
 
 
 class TorchTrace:
-    """A context manager; within it torch's operations are recorded, if `wanted`.
+    """A context manager that records torch's operations, if `wanted`.
 
-    Recording changes no number. `data` afterwards: a Chrome trace, gzipped JSON, or None.
+    Recording does not change results. `data` afterwards: a Chrome trace, gzipped JSON, or None.
     """
 
     def __init__(self, wanted: bool) -> None:
@@ -41,7 +41,7 @@ class TorchTrace:
         self.stop()
 
     def stop(self) -> None:
-        """Record no more: of a long task the beginning says enough, and memory is finite."""
+        """Stop recording: the beginning of a long task is enough, and memory is finite."""
         if self._profile is None:
             return
         profile, self._profile = self._profile, None

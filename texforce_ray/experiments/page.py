@@ -1,4 +1,4 @@
-"""The results page: tables and figures from what was kept, with the hand-written discussion."""
+"""The results page: tables and figures from the kept files, with the hand-written discussion."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from texforce_ray.experiments.results import Row, curves, rows, seeds_of
 from texforce_ray.experiments.shapes import EXPERIMENTS
 from texforce_ray.experiments.stages import Evaluate, Stage, Sweep
+from texforce_ray.files import atomic_write_text
 from texforce_ray.records.charts import Series, standalone_paths
-from texforce_ray.records.files import atomic_write_text
 from texforce_ray.records.matched import Curve, matched_reward
 
 _INTRODUCTION = """\
@@ -24,23 +24,23 @@ Made by `make paper-shapes` (`python -m texforce_ray.experiments shapes`) from t
 _RATES = """\
 # Learning rates in the shapes world
 
-Every method that [the experiments](shapes.md) compare has the best of four learning rates, after
-ten iterations with training seed {seeds}, which the experiments do not use. The configs in
-`configs/shapes/` hold them. Made by `python -m texforce_ray.experiments shapes --only rates --seeds
-{seeds} --out runs/rates --results docs/results/rates`. The U-Net's rate in joint training is two
-thirds of the text encoder's, which is the one given.
+For every method that [the experiments](shapes.md) compare, the best of four learning rates
+is used, chosen after ten iterations with training seed {seeds}, which the experiments do not use.
+The configs in `configs/shapes/` hold them. Made by `python -m texforce_ray.experiments shapes
+--only rates --seeds {seeds} --out runs/rates --results docs/results/rates`. The rate given for
+joint training is the text encoder's; the U-Net's is two thirds of it.
 
 {columns}"""
 
 _COLUMNS = """\
 Rewards are means over the same 256 images for every policy, at seeds that are never trained on.
-Differences are paired with the base model. Intervals are 95 % bootstraps that draw training seeds
-and prompts again, crossed, each prompt with all of its images: they say how the result would vary
-with other seeds and other prompts of this kind, roughly where there are as few as here. Diversity:
-mean distance of two images of one prompt. Drift: mean distance from
-the base model's image at the same seed. Both: root mean squares over 16 x 16 thumbnails, 0 to 1.
-Style drift: the same for the distributions of colours, edges and local contrast, wherever they are
-in the image (Wasserstein distances): what only moved counts nothing."""
+Differences are paired with the base model. Intervals are 95 % bootstraps that resample training
+seeds and prompts independently, each prompt with all of its images: they estimate how the result
+would vary with other seeds and other prompts of this kind, only roughly when there are as few as
+here. Diversity: mean distance of two images of one prompt. Drift: mean distance from the base
+model's image at the same seed. Both: root mean squares over 16 x 16 thumbnails, 0 to 1. Style
+drift: the same for the distributions of colours, edges and local contrast, wherever they are in the
+image (Wasserstein distances), so an object that has only moved adds nothing."""
 
 _TITLES = {
     "rates": "Learning rates",
@@ -67,7 +67,7 @@ _CURVES = {
 
 
 def write_page(results: Path, page: Path) -> None:
-    """Write `page` (Markdown) from the kept `results`; what is not there yet is left out."""
+    """Write `page` (Markdown) from the kept `results`; what does not exist yet is left out."""
     seeds = seeds_of(results)
     introduction = _RATES if results.name == "rates" else _INTRODUCTION
     given = {"folder": results.name, "seeds": ", ".join(map(str, seeds)), "columns": _COLUMNS}

@@ -1,4 +1,4 @@
-"""What experiments leave to be kept: small files per seed, from which the page is made.
+"""The results of experiments that are kept: small files per seed, from which the page is made.
 
 They are copied out of the runs, so that other seeds can be added on another day or machine.
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 from texforce_ray.errors import RunDirectoryError
 from texforce_ray.experiments.stages import Evaluate, Stage, Train
-from texforce_ray.records.files import atomic_write_bytes, atomic_write_text, to_json
+from texforce_ray.files import atomic_write_bytes, atomic_write_text, to_json
 from texforce_ray.records.intervals import crossed_interval
 from texforce_ray.records.matched import Curve, curve_of
 from texforce_ray.records.metrics import read_metrics
@@ -28,7 +28,7 @@ class Row:
     """One policy over S seeds of training, on the same N images each.
 
     reward, base: means of the total. difference, low, high: paired, with a 95 % interval. by_seed:
-    [S]. parts: of each reward, where there are several, the mean and the difference from base's.
+    [S]. parts: of each reward, if there are several, the mean and the difference from the base's.
     """
 
     label: str
@@ -80,7 +80,7 @@ def rows(results: Path, stage: Evaluate, prompts: str) -> list[Row]:
     tables = [read_samples(folder / "samples.parquet") for folder in folders]
     shown = [(table.get("prompt"), table.get("seed")) for table in tables]
     for folder, drawn in zip(folders, shown, strict=True):
-        if drawn != shown[0]:  # pairs and intervals would mean nothing
+        if drawn != shown[0]:  # pairs and intervals would be meaningless
             raise RunDirectoryError(
                 f"{folder} was evaluated on other prompts or seeds than {folders[0]}; evaluate "
                 "both on the same ones, or move one away"
@@ -113,8 +113,8 @@ def _parts(tables: Sequence[dict[str, list[Any]]], label: str) -> dict[str, tupl
     if len(names) < 2:
         return {}
     mean = {
-        (who, name): float(np.nanmean([np.asarray(t[f"{who}_{name}"], float) for t in tables]))
-        for who in ("base", label)
+        (model, name): float(np.nanmean([np.asarray(t[f"{model}_{name}"], float) for t in tables]))
+        for model in ("base", label)
         for name in names
     }
     return {name: (mean[label, name], mean[label, name] - mean["base", name]) for name in names}

@@ -14,7 +14,7 @@ Terms = Sequence[tuple[str, float]]  # adapters by stage name, and their weights
 class Train:
     """A training run; its adapter is `name`/adapter.
 
-    reward: the one that its curve is drawn of, so that runs by other rewards can be compared.
+    reward: the one that its curve shows, so that runs with different rewards can be compared.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Train:
         return [*_python("run"), "--config", self.config, *settings]
 
     def done(self, folder: Path) -> bool:
-        # The report is what a run writes last.
+        # A run writes its report last.
         return (folder / self.name / "report.html").is_file()
 
 
@@ -38,7 +38,7 @@ class Train:
 class Evaluate:
     """Policies by label, each a weighted sum of trained adapters, on some prompt sets.
 
-    note: said in its tables' titles.
+    note: shown in its tables' titles.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Evaluate:
     note: str = ""
 
     def command(self, folder: Path, seed: int) -> list[str]:
-        del seed  # evaluations of all seeds are on the same images
+        del seed  # evaluations of all seeds use the same images
         given = [*_python("evaluate"), "--config", self.config, "--images", str(self.images)]
         for label, terms in self.policies.items():
             total = "+".join(f"{folder / name / 'adapter'}*{weight:g}" for name, weight in terms)
@@ -63,7 +63,7 @@ class Evaluate:
         return all((path / "comparison.png").is_file() for path in self.results(folder).values())
 
     def results(self, folder: Path) -> dict[str, Path]:
-        """Where the result on each prompt set lies."""
+        """The folder of the result on each prompt set."""
         single = len(self.prompts) == 1
         return {p: folder / self.name / ("" if single else p) for p in self.prompts}
 
@@ -79,7 +79,7 @@ class Sweep:
 
     def command(self, folder: Path, seed: int) -> list[str]:
         del seed
-        given = [f"{folder / name / 'adapter'}=1.0" for name in self.adapters]
+        given = [f"{folder / name / 'adapter'}" for name in self.adapters]
         return [
             *_python("fuse"), *given, "--out", str(folder / self.name),
             "--sweep", str(self.points), "--steps", "10", "--guidance", "5",

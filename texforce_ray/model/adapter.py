@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from texforce_ray.artifacts.snapshot import UNET, LoraShape, PolicySnapshot, seed_offset
 from texforce_ray.errors import ConfigError
 from texforce_ray.model.backbone import Backbone
-from texforce_ray.model.lora_layers import PREFIX, canonical, listed, own_names
-from texforce_ray.model.snapshot import PARTS, UNET, LoraShape, PolicySnapshot
+from texforce_ray.model.lora_layers import PREFIX, canonical, format_names, linear_shape, own_names
 
 ADAPTER = "policy"
 
@@ -23,14 +23,14 @@ def lora_config(shape: LoraShape) -> LoraConfig:
     return LoraConfig(
         r=shape.rank,
         lora_alpha=shape.alpha,
-        # PEFT compares ends of names: without the prefix they fit both layouts of CLIP.
+        # PEFT matches suffixes of names: without the prefix they fit both layouts of CLIP.
         target_modules=[name.removeprefix(PREFIX) for name in shape.target_modules],
         init_lora_weights=True,
     )
 
 
 class PartAdapter:
-    """A float32 LoRA adapter on one part; B = 0 at first, so it starts as the base."""
+    """A float32 LoRA adapter on one part; B = 0 at first, so it starts as the base model."""
 
     def __init__(self, part: str, module: nn.Module, shape: LoraShape, seed: int) -> None:
         self.part, self.module, self.shape = part, module, shape
@@ -42,7 +42,7 @@ class PartAdapter:
                 names = sorted(
                     {n.rpartition(".")[2] for n, m in module.named_modules() if _is_linear(m)}
                 )
-                key = "lora.unet" if part == UNET else "lora"
+                key = "lora.denoiser" if part == UNET else f"lora.{part}"
                 raise ConfigError(
                     f"{key}.target_modules: {list(shape.target_modules)} match no layer of the "
                     f"{part}, whose linear layers are {names}"
@@ -57,7 +57,7 @@ class PartAdapter:
         return [parameter for _, parameter in sorted(found)]
 
     def weights(self) -> dict[str, Tensor]:
-        """Tensors by PEFT's key, e.g. `...q_proj.lora_A.weight`, alike in all versions of CLIP."""
+        """Tensors by PEFT's key, e.g. `...q_proj.lora_A.weight`, the same in both CLIP layouts."""
         found = get_peft_model_state_dict(self.module, adapter_name=ADAPTER)
         return {canonical(self.part, key): value for key, value in found.items()}
 
@@ -66,7 +66,7 @@ class PartAdapter:
         """Set all weights, whether or not their names have CLIP's prefix `text_model.`.
 
         Raises:
-            ConfigError: other layers or other shapes than this adapter's, by name.
+            ConfigError: layers or shapes differ from this adapter's; names them.
         """
         own = self.weights()
         names = own_names(weights, own)
@@ -74,9 +74,9 @@ class PartAdapter:
         self._check_layers(set(own), set(given))
         arrays = {key: np.array(given[key]) for key in own}
         for key, tensor in own.items():
-            if _plain(tensor.shape) != _plain(arrays[key].shape):
+            if linear_shape(tensor.shape) != linear_shape(arrays[key].shape):
                 raise ConfigError(
-                    f"adapter tensor {key} is {arrays[key].shape}, the policy's is "
+                    f"adapter tensor {key} is {arrays[key].shape}, but the policy's is "
                     f"{tuple(tensor.shape)}: was it trained with another rank, or on another model?"
                 )
         for key, tensor in own.items():
@@ -86,19 +86,19 @@ class PartAdapter:
         lacking, foreign = (
             {key.partition(".lora_")[0] for key in keys} for keys in (own - given, given - own)
         )
-        said = [f"it lacks {len(lacking)} of the policy's layers: {listed(lacking)}"] * bool(
-            lacking
-        )
+        faults = [
+            f"it lacks {len(lacking)} of the policy's layers: {format_names(lacking)}"
+        ] * bool(lacking)
         if foreign:
-            said.append(f"it has {len(foreign)} that the policy has not: {listed(foreign)}")
-        if said:
+            faults.append(f"it has {len(foreign)} that the policy lacks: {format_names(foreign)}")
+        if faults:
             raise ConfigError(
                 f"the adapter of the {self.part} has other layers than this policy: "
-                f"{'; '.join(said)}. Was it trained on another model or target_modules?"
+                f"{'; '.join(faults)}; was it trained for another model or target_modules?"
             )
 
     def remove(self) -> None:
-        """Take the adapter off: the part is the base model's again, for good."""
+        """Remove the adapter for good: the part is the base model's again."""
         wrapped = [(n, m) for n, m in self.module.named_modules() if isinstance(m, BaseTunerLayer)]
         for name, layer in wrapped:
             self.module.set_submodule(name, layer.get_base_layer())
@@ -108,7 +108,7 @@ class PartAdapter:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within it, the part is the base model's."""
+        """Temporarily switch the adapter off: the part is the base model's."""
         for layer in self._layers:
             layer.enable_adapters(False)
         try:
@@ -123,12 +123,12 @@ class Adapter:
     """The adapters of all trained parts of a backbone."""
 
     def __init__(self, backbone: Backbone, shapes: Mapping[str, LoraShape], seed: int) -> None:
-        self.shapes = {part: shapes[part] for part in PARTS if part in shapes}
         modules = backbone.parts()
-        if missing := [part for part in self.shapes if part not in modules]:
+        if missing := [part for part in shapes if part not in modules]:
             raise ConfigError(f"the base model has no {missing[0]}; it has {', '.join(modules)}")
+        self.shapes = {part: shapes[part] for part in modules if part in shapes}
         self.parts = {
-            part: PartAdapter(part, modules[part], shape, seed + PARTS.index(part))
+            part: PartAdapter(part, modules[part], shape, seed + seed_offset(part))
             for part, shape in self.shapes.items()
         }
 
@@ -144,15 +144,11 @@ class Adapter:
         }
         return PolicySnapshot(version, dict(self.shapes), weights)
 
-    def load(self, snapshot: PolicySnapshot) -> None:
-        """Set the weights to a snapshot's."""
-        self.load_weights(snapshot.adapters)
-
     def load_weights(self, adapters: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         """Set the weights of all parts.
 
         Raises:
-            ConfigError: other parts, layers or shapes than this adapter's.
+            ConfigError: parts, layers or shapes differ from this adapter's.
         """
         if adapters.keys() != self.parts.keys():
             raise ConfigError(
@@ -162,23 +158,17 @@ class Adapter:
             part.load_weights(adapters[name])
 
     def remove(self) -> None:
-        """Take all adapters off, for good."""
+        """Remove all adapters for good."""
         for part in self.parts.values():
             part.remove()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within it, the backbone is the base model."""
+        """Temporarily switch all adapters off: the backbone is the base model."""
         with ExitStack() as stack:
             for part in self.parts.values():
                 stack.enter_context(part.disabled())
             yield
-
-
-def _plain(shape: Sequence[int]) -> tuple[int, ...]:
-    """A tensor's shape, where a convolution of 1 x 1 is the linear layer that it is."""
-    sizes = tuple(shape)
-    return sizes[:2] if sizes[2:] == (1, 1) else sizes
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -11,9 +11,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from texforce_ray.errors import ConfigError
-from texforce_ray.model.kohya import to_kohya
-from texforce_ray.model.location import (
+from texforce_ray.artifacts.location import (
     DIFFUSERS_FILE,
     KOHYA_FILE,
     PEFT_CONFIG,
@@ -21,6 +19,10 @@ from texforce_ray.model.location import (
     find_adapter,
     recorded_name,
 )
+from texforce_ray.artifacts.snapshot import PARTS, TEXT_ENCODERS, UNET, PolicySnapshot, Tensors
+from texforce_ray.errors import ConfigError
+from texforce_ray.files import atomic_write_bytes, from_json, write_error
+from texforce_ray.model.kohya import to_kohya
 from texforce_ray.model.lora_formats import arrays, check_plain, load_tensors, read_file
 from texforce_ray.model.lora_layers import (
     A,
@@ -33,8 +35,6 @@ from texforce_ray.model.lora_layers import (
     prefixed,
 )
 from texforce_ray.model.peft_config import portable_config, read_scale, target_names
-from texforce_ray.model.snapshot import PARTS, TEXT_ENCODERS, UNET, PolicySnapshot, Tensors
-from texforce_ray.records.files import atomic_write_bytes, from_json, write_error
 
 _PEFT_START = "base_model.model."
 _PROJECTED = "CLIPTextModelWithProjection"
@@ -44,13 +44,13 @@ def export_adapter(snapshot: PolicySnapshot, directory: Path, base: str) -> None
     """Write one directory that stock PEFT, stock diffusers and kohya's readers load.
 
     `adapter_config.json` + `adapter_model.safetensors` for `PeftModel.from_pretrained`, in the
-    directory itself for one part and in a folder named for each part if there are several;
+    directory itself for one part, and in one folder per part if there are several;
     `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights`; `kohya.safetensors` for A1111,
     ComfyUI and the like. Equal snapshots give equal bytes.
 
     Raises:
-        RunDirectoryError: the file system refused.
-        ConfigError: the directory holds another adapter, on parts that this one is not on.
+        RunDirectoryError: a file cannot be written.
+        ConfigError: the directory holds another adapter, on parts that this one lacks.
     """
     diffusers: Tensors = {}
     files: dict[str, bytes] = {}
@@ -62,7 +62,7 @@ def export_adapter(snapshot: PolicySnapshot, directory: Path, base: str) -> None
         config = portable_config(shape.rank, shape.alpha, shape.target_modules, recorded_name(base))
         files[folder + PEFT_CONFIG] = json.dumps(config, indent=2).encode() + b"\n"
         files[folder + PEFT_WEIGHTS] = _bytes(_peft_tensors(part, tensors))
-        # diffusers before 0.34 reads no scale: alpha / r is in B, which leaves scale 1.
+        # diffusers before 0.34 ignores the scale: put alpha / r into B, so that it is 1.
         scale = np.float32(shape.alpha / shape.rank)
         diffusers |= {
             f"{part}.{prefixed(part, key)}": value * scale if key.endswith(B) else value
@@ -74,8 +74,8 @@ def export_adapter(snapshot: PolicySnapshot, directory: Path, base: str) -> None
 
 
 def _peft_tensors(part: str, tensors: Tensors) -> Tensors:
-    """CLIPTextModel's under both names: PEFT beside transformers 5.6 and later knows the one,
-    beside older ones the other, and each leaves out what it does not know."""
+    """CLIPTextModel's tensors under both names: PEFT knows one with transformers 5.6 and later, the
+    other with older ones, and ignores the one that it does not know."""
     names = (canonical, prefixed) if part in TEXT_ENCODERS else (canonical,)
     return {
         _PEFT_START + name(part, key): value for name in names for key, value in tensors.items()
@@ -83,14 +83,14 @@ def _peft_tensors(part: str, tensors: Tensors) -> Tensors:
 
 
 def _bytes(tensors: Tensors) -> bytes:
-    # One entry of metadata alone: safetensors writes several in random order. Reshaped, because
-    # numpy makes a number without dimensions one with one.
+    # A single entry of metadata: safetensors writes several in random order. Reshaped, because
+    # `ascontiguousarray` turns scalars into arrays of one dimension.
     contiguous = {k: np.ascontiguousarray(v).reshape(v.shape) for k, v in tensors.items()}
     return save(contiguous, metadata={"format": "pt"})
 
 
 def _write(directory: Path, files: dict[str, bytes]) -> None:
-    """All or none, should the disk be full: weights beside another's config have a wrong scale."""
+    """All files or none, even on a full disk: weights with another's config have a wrong scale."""
     for folder in ("", *(f"{part}/" for part in PARTS)):
         if (directory / folder / PEFT_CONFIG).exists() and folder + PEFT_CONFIG not in files:
             raise ConfigError(
@@ -115,13 +115,13 @@ def read_adapter(
 ) -> PolicySnapshot:
     """Read an adapter, ours or another's: docs/adapters.md lists the forms.
 
-    Layers have the names that transformers gives them since 5.6, whatever the file calls them;
-    `Adapter.load` finds a loaded model's.
+    Layers get the names that transformers uses since 5.6, whatever the file calls them;
+    `Adapter.load_weights` maps them to a loaded model's.
 
     Args:
-        path: PEFT's folder, one for each part, or a LoRA file, or a folder with one.
-        origin: how errors name it; default: `path`.
-        layers_per_block: the U-Net's; needed for files with LDM's names of blocks.
+        path: PEFT's folder, a folder with one of these per part, a LoRA file, or its folder.
+        origin: its name in errors; default: `path`.
+        layers_per_block: the U-Net's; needed for files with LDM's block names.
 
     Raises:
         ConfigError: not a LoRA adapter, a damaged one, or a variant that is not plain LoRA.
@@ -148,7 +148,7 @@ def _read_part(
     try:
         config = from_json((folder / PEFT_CONFIG).read_bytes())
         if not isinstance(config, dict):
-            raise ValueError(f"{PEFT_CONFIG} is no JSON object")
+            raise ValueError(f"{PEFT_CONFIG} is not a JSON object")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{origin} holds a damaged adapter: {error}") from error
     scale = read_scale(config, origin)

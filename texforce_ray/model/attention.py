@@ -1,8 +1,8 @@
 """Cross-attention whose keys and values are computed once for each distinct prompt.
 
-They depend on the prompt alone, not on the latent or the timestep: neither the steps of a rollout
-nor the (sample, timestep) pairs of an update need them again. Rows of a batch that share a prompt
-and lie side by side are one longer query.
+They depend only on the prompt, not on the latent or the timestep, so the steps of a rollout and the
+(sample, timestep) pairs of an update share them. Adjacent rows of a batch with the same prompt are
+folded into one longer query.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Layers = list[Any]  # diffusers' Attention modules
 
 
 class SharedAttention:
-    """Attention processor of one layer. Given no `keys_values`, it is diffusers' default one."""
+    """Attention processor of one layer. Without `keys_values`, it works as diffusers' default."""
 
     def __init__(self, layer: int | None) -> None:
         self.layer = layer
@@ -39,8 +39,8 @@ class SharedAttention:
             source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
             key, value = attn.to_k(source), attn.to_v(source)
         else:
-            # Cast after the choice: a learner's keys and values are float32, and so is the sum of
-            # their gradients over all rows that chose them.
+            # Cast after selecting: a learner's keys and values are float32, and so is the sum of
+            # their gradients over all rows that use them.
             key, value = (
                 t.index_select(0, groups).to(query.dtype) for t in _pair(keys_values, self.layer)
             )
@@ -54,7 +54,7 @@ class SharedAttention:
 
 
 def install(unet: UNet2DConditionModel) -> Layers:
-    """Replace the processors of all attention layers; returns those that look at the prompt."""
+    """Replace the processors of all attention layers; returns the cross-attention layers."""
     layers: Layers = []
     processors = {}
     for name, module in unet.named_modules():
@@ -74,9 +74,9 @@ def keys_values(layers: Layers, hidden: Tensor) -> tuple[Tensor, ...]:
 
 
 def group_rows(rows: np.ndarray) -> np.ndarray:
-    """Rows (int64 [B]) of equal prompts side by side, folded: int64 [G], B a multiple of G.
+    """Fold adjacent rows (int64 [B]) with equal prompts: int64 [G], B a multiple of G.
 
-    Group g stands for rows g * B/G to (g + 1) * B/G, which all have the prompt that it names.
+    Group g stands for rows g * B/G to (g + 1) * B/G, which all have its prompt.
     """
     changes = np.flatnonzero(np.diff(rows)) + 1
     length = int(np.gcd.reduce(np.append(changes, len(rows))))

@@ -1,4 +1,4 @@
-"""What passes between the text encoders, the U-Net and whoever drives them. No networks."""
+"""Data passed between the text encoders, the U-Net and their callers. No networks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the U-Net is told: hidden [B, L, D]; pooled [B, P] and time_ids [B, 6] for SDXL."""
+    """The U-Net's inputs: hidden [B, L, D]; pooled [B, P] and time_ids [B, 6] for SDXL."""
 
     hidden: Tensor
     pooled: Tensor | None = None
@@ -32,7 +32,7 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Conditioning of P distinct prompts, as the U-Net's layers look at it.
+    """Conditioning of P distinct prompts, in the form that the U-Net's layers use.
 
     keys_values: of each cross-attention layer in turn, [P, L, C] each; the rest as in
     `Conditioning`.
@@ -46,14 +46,14 @@ class Prepared:
         return [*self.keys_values, *(t for t in (self.pooled, self.time_ids) if t is not None)]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Prepared:
-        """The same with `function` applied to every tensor there is."""
+        """A copy with `function` applied to every tensor."""
         rest = (None if t is None else function(t) for t in (self.pooled, self.time_ids))
         return Prepared(tuple(map(function, self.keys_values)), *rest)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """ids: one int64 [B, L] per text encoder; truncated: bool [B], text beyond the limit."""
+    """ids: one int64 [B, L] per text encoder; truncated: bool [B], whether text was cut off."""
 
     ids: tuple[Tensor, ...]
     truncated: list[bool]
@@ -61,10 +61,10 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How stock pipelines are asked to draw: their arguments of the same names.
+    """Drawing options, named as the arguments of stock pipelines.
 
-    height, width: pixels; None: the model's own. clip_skip: layers of the text encoder that are
-    left out. negative_prompt: what guidance leads away from; None: the empty prompt.
+    height, width: pixels; None: the model's own. clip_skip: layers of the text encoder to skip.
+    negative_prompt: the prompt that guidance steers away from; None: the empty prompt.
     """
 
     height: int | None = None
@@ -73,4 +73,4 @@ class Drawing:
     negative_prompt: str | None = None
 
 
-PLAIN = Drawing()  # as the model draws by itself
+PLAIN = Drawing()  # the model's own defaults

@@ -1,8 +1,8 @@
-"""What an adapter does where it is: a digest of the weights held, and the change that they make.
+"""Measures an adapter in the process that holds it: a digest of its weights, and their effect.
 
-Training that changes nothing is the commonest fault of this kind of system: adapters that are bound
-to no layer, or never reach the actors that sample. A learner and every rollout actor measure the
-same two numbers of the same policy version, and the driver compares them.
+The most common fault of this kind of system is training that changes nothing: adapters that are
+bound to no layer, or never reach the actors that sample. The learner and every rollout actor
+measure the same numbers of the same policy version, and the driver compares them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from texforce_ray.artifacts.snapshot import UNET, Effect
 from texforce_ray.model.adapter import ADAPTER, Adapter
 from texforce_ray.model.backbone import Backbone
-from texforce_ray.model.snapshot import UNET, Effect
 
 _PROBE = "a photo"
 _TOKENS = 8  # a causal encoder's first embeddings depend on the first tokens alone
@@ -33,8 +33,8 @@ class EffectProbe:
 
     @torch.no_grad()
     def measure(self, adapter: Adapter | None) -> Effect:
-        """The effect of what is attached now; of the base model if that is nothing."""
-        embedding = self._embedding()  # first: to switch the adapter off and on may bind it
+        """The effect of the attached adapter; without one, that of the base model."""
+        embedding = self._embedding()  # first: switching the adapter off and on may bind it
         if adapter is None:
             self._base = embedding
             return Effect(0, 0.0)
@@ -58,18 +58,18 @@ def digest(parameters: list[nn.Parameter]) -> int:
     """A checksum of the bits of float32 weights, in order; the same on every device."""
     bits = torch.cat([p.detach().reshape(-1) for p in parameters]).view(torch.int32)
     factors = _factors(len(bits), bits.device)
-    # Of bits + 1, so that zeros count too; integers wrap around alike everywhere.
+    # Of bits + 1, so that zeros count too; integers wrap around the same way everywhere.
     return int(((bits + 1) * factors).sum()) % 2**64
 
 
 @lru_cache(maxsize=4)
 def _factors(count: int, device: torch.device) -> Tensor:
-    """An odd number for each place."""
+    """An odd number for each position."""
     return torch.arange(1, count + 1, device=device) * _PRIME | 1
 
 
 def active_layers(module: nn.Module) -> int:
-    """How many of its layers an adapter is switched on in."""
+    """The number of layers in which an adapter is switched on."""
     layers = (m for m in module.modules() if isinstance(m, BaseTunerLayer))
     return sum(not layer.disable_adapters and ADAPTER in layer.active_adapters for layer in layers)
 

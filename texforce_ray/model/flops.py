@@ -39,7 +39,7 @@ def count_flops(function: Callable[[], object]) -> int:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of this process's best large matrix product: what a utilisation is a share of."""
+    """FLOP/s of this process's fastest large matrix product: the reference for utilisation."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
 
@@ -54,9 +54,9 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def sample_flops(backbone: Backbone, steps: int, guidance_scale: float) -> int:
-    """Of one sampled image: all its passes through the U-Net, and the decoder.
+    """FLOPs of one sampled image: all its passes through the U-Net, and the decoder.
 
-    Without what prompts share: text encoder, cross-attention's keys and values.
+    Without the work per prompt: text encoder, cross-attention's keys and values.
     """
     passes = steps * (2 if guidance_scale > 1 else 1)
     x, timestep, given = _one(backbone)
@@ -67,7 +67,7 @@ def sample_flops(backbone: Backbone, steps: int, guidance_scale: float) -> int:
 
 
 def pair_flops(backbone: Backbone, guidance_scale: float) -> int:
-    """Of one (sample, timestep) pair of an update: a pass through the U-Net, and back."""
+    """FLOPs of one (sample, timestep) pair of an update: the U-Net, forward and backward."""
     x, timestep, given = _one(backbone)
     with torch.enable_grad():
         prepared = backbone.prepare(given)

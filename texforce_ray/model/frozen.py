@@ -1,4 +1,4 @@
-"""Others' U-Nets and U-Net LoRAs, taken as they are: what the text encoder is tuned for."""
+"""Third-party U-Nets and U-Net LoRAs, used unchanged while the text encoder is tuned."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from huggingface_hub import hf_hub_download, list_repo_files
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
-from texforce_ray.errors import ConfigError
-from texforce_ray.model.adapter_files import read_adapter
-from texforce_ray.model.fusion import merge, update_of
-from texforce_ray.model.inspection import check_unet
-from texforce_ray.model.loading import complete
-from texforce_ray.model.location import (
+from texforce_ray.artifacts.inspection import check_unet
+from texforce_ray.artifacts.location import (
     DIFFUSERS_FILE,
     DIFFUSERS_PICKLE,
     PEFT_CONFIG,
     PEFT_PICKLE,
     PEFT_WEIGHTS,
+    most_layers,
 )
-from texforce_ray.model.snapshot import UNET
+from texforce_ray.artifacts.snapshot import UNET
+from texforce_ray.errors import ConfigError
+from texforce_ray.model.adapter_files import read_adapter
+from texforce_ray.model.fusion import merge, update_of
+from texforce_ray.model.loading import complete
 
 
 def load_unet(path: str, dtype: torch.dtype, replaced: UNet2DConditionModel) -> nn.Module:
@@ -56,11 +57,12 @@ def load_unet(path: str, dtype: torch.dtype, replaced: UNet2DConditionModel) -> 
 
 
 def merge_unet_adapter(pipe: Any, path: str) -> None:
-    """Merge the U-Net's part of an adapter into the pipeline's U-Net, in any form that
-    `read_adapter` knows; a hub id too.
+    """Merge the U-Net part of an adapter into the pipeline's U-Net.
+
+    `path`: any form that `read_adapter` knows, or a hub id.
 
     Raises:
-        ConfigError: nothing there, damaged, not plain LoRA, or of another U-Net.
+        ConfigError: missing, damaged, not plain LoRA, or for another U-Net.
     """
     key = "model.unet_adapters"
     folder = Path(path).expanduser()
@@ -68,9 +70,7 @@ def merge_unet_adapter(pipe: Any, path: str) -> None:
         if path.startswith((".", "/", "~")):
             raise ConfigError(f"{key}: {path} does not exist")
         folder = _download(path)
-    blocks = pipe.unet.config.layers_per_block
-    per_block = blocks if isinstance(blocks, int) else max(blocks)
-    snapshot = read_adapter(folder, f"{key}: {path}", per_block)
+    snapshot = read_adapter(folder, f"{key}: {path}", most_layers(pipe.unet.config))
     if UNET not in snapshot.adapters:
         raise ConfigError(
             f"{key}: {path} is an adapter of the {' and the '.join(snapshot.adapters)}, not of "
@@ -82,10 +82,10 @@ def merge_unet_adapter(pipe: Any, path: str) -> None:
 
 
 def _download(repository: str) -> Path:
-    """The folder of a hub repository's adapter files, as they lie in the cache.
+    """The cached adapter file or folder of a hub repository, downloaded if needed.
 
     Raises:
-        ConfigError: there is no such repository, or no adapter in it, or no network.
+        ConfigError: there is no such repository, no adapter in it, or no network.
     """
     origin = f"model.unet_adapters: {repository}"
     sets = (
@@ -106,6 +106,6 @@ def _download(repository: str) -> Path:
     except (OSError, ValueError, EntryNotFoundError) as error:  # what the hub's client raises
         words = (str(error).strip() or repr(error)).splitlines()[0]
         raise ConfigError(
-            f"{origin} is no path, and not to be had from the hub: {words}"
+            f"{origin} is not a path and cannot be downloaded from the hub: {words}"
         ) from error
-    raise ConfigError(f"{origin} holds {len(named)} LoRA files: download the one that is meant")
+    raise ConfigError(f"{origin} holds {len(named)} LoRA files; download one and give its path")

@@ -13,16 +13,25 @@ import numpy as np
 import torch
 from torch import nn
 
+from texforce_ray.artifacts.snapshot import LoraShape, PolicySnapshot, Tensors
 from texforce_ray.errors import ConfigError
-from texforce_ray.model.lora_layers import A, B, Layer, canonical, filled, listed, own_names
-from texforce_ray.model.snapshot import LoraShape, PolicySnapshot, Tensors
+from texforce_ray.model.lora_layers import (
+    A,
+    B,
+    Layer,
+    canonical,
+    filled,
+    format_names,
+    linear_shape,
+    own_names,
+)
 
 Weighted = tuple[float, PolicySnapshot]
 
 
 @dataclass(frozen=True)
 class _Module:
-    """One layer's update as B A with scale 1: a [r, in], b [out, r]; of convolutions
+    """One layer's update as B A with scale 1: a [r, in], b [out, r]; for convolutions
     [r, in, k, k] and [out, r, 1, 1]."""
 
     a: np.ndarray
@@ -30,10 +39,10 @@ class _Module:
 
 
 def fuse(adapters: Sequence[Weighted]) -> PolicySnapshot:
-    """The exact weighted sum: ranks add, parts and layers that only one has are kept.
+    """The exact weighted sum: ranks add up; parts and layers that only one adapter has are kept.
 
     Raises:
-        ConfigError: two adapters have a layer of different sizes.
+        ConfigError: a layer has different sizes in two adapters.
     """
     shapes: dict[str, LoraShape] = {}
     fused: dict[str, Tensors] = {}
@@ -56,7 +65,7 @@ def fuse(adapters: Sequence[Weighted]) -> PolicySnapshot:
 
 
 def _join(modules: Sequence[_Module]) -> _Module:
-    """Their sum. A 1 x 1 convolution can be written as a linear layer in one of them."""
+    """The sum of modules, some of which may write a 1 x 1 convolution as a linear layer."""
     dimensions = max(module.a.ndim for module in modules)
     ones = [(1,) * (dimensions - module.a.ndim) for module in modules]
     pairs = list(zip(modules, ones, strict=True))
@@ -110,8 +119,8 @@ def merge(adapter: PolicySnapshot, part: str, module: nn.Module, origin: str, mo
     """Add the updates of a part to the weights of its module.
 
     Raises:
-        ConfigError: a layer that the module lacks or that has another size there; nothing is
-            changed then. `origin` and `model` are the names of the two in the message.
+        ConfigError: the module lacks a layer or has it in another size; nothing is changed
+            then. `origin` and `model` name the two in the message.
     """
     updates = update_of(adapter, part)
     names = own_names(updates, (name for name, _ in module.named_modules()))
@@ -121,7 +130,7 @@ def merge(adapter: PolicySnapshot, part: str, module: nn.Module, origin: str, mo
             weights[name] = module.get_submodule(names[name]).get_parameter("weight")
         except AttributeError:
             continue
-        if _plain(weights[name].shape) != _plain(update.shape):
+        if linear_shape(weights[name].shape) != linear_shape(update.shape):
             raise ConfigError(
                 f"{origin} is an adapter of another model: layer {part}.{name} is "
                 f"{tuple(weights[name].shape)} in {model} and {update.shape} in the adapter"
@@ -129,7 +138,7 @@ def merge(adapter: PolicySnapshot, part: str, module: nn.Module, origin: str, mo
     if missing := updates.keys() - weights.keys():
         raise ConfigError(
             f"{origin} is an adapter of another model: the {part} of {model} has no layer "
-            f"{listed(missing)}"
+            f"{format_names(missing)}"
         )
     for name, weight in weights.items():
         added = torch.from_numpy(updates[name]).reshape(weight.shape).to(weight.device)
@@ -150,7 +159,7 @@ def _modules(adapter: PolicySnapshot, part: str, weight: float) -> dict[str, _Mo
 
 
 def _sizes(module: _Module) -> tuple[int, ...]:
-    return module.b.shape[0], *_plain(module.a.shape[1:])
+    return module.b.shape[0], *linear_shape(module.a.shape[1:])
 
 
 def _flat(factor: np.ndarray) -> np.ndarray:
@@ -158,14 +167,8 @@ def _flat(factor: np.ndarray) -> np.ndarray:
     return factor.reshape(len(factor), -1)
 
 
-def _plain(shape: Sequence[int]) -> tuple[int, ...]:
-    """A weight's shape, where a convolution of 1 x 1 is the linear layer that it is."""
-    sizes = tuple(shape)
-    return sizes[:-2] if len(sizes) > 2 and sizes[-2:] == (1, 1) else sizes
-
-
 def _tensors(modules: dict[str, _Module], rank: int) -> Tensors:
-    """Zero rows fill up to one rank for all layers: PEFT's plain form, and still exact."""
+    """Padded with zero rows to one rank for all layers: PEFT's plain form, and still exact."""
     tensors: Tensors = {}
     for name, module in modules.items():
         whole = filled(Layer(module.a, module.b, float(len(module.a))), rank)

@@ -13,9 +13,9 @@ from diffusers.loaders.lora_conversion_utils import (
 )
 from torch import Tensor
 
+from texforce_ray.artifacts.snapshot import UNET, LoraShape, PolicySnapshot, Tensors
 from texforce_ray.errors import ConfigError
-from texforce_ray.model.lora_layers import A, B, listed, prefixed
-from texforce_ray.model.snapshot import UNET, LoraShape, PolicySnapshot, Tensors
+from texforce_ray.model.lora_layers import A, B, format_names, prefixed
 
 PREFIXES = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
 _ENDS = (".lora_down.weight", ".lora_up.weight", ".alpha")
@@ -30,21 +30,21 @@ def is_kohya(keys: Mapping[str, Any]) -> bool:
 def from_kohya(
     state: Mapping[str, Tensor], origin: str, layers_per_block: int
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The state as diffusers names it, and alphas by diffusers' names; through its converter.
+    """The state and the alphas under diffusers' names, by diffusers' own converter.
 
     Raises:
-        ConfigError: keys that are not understood, by name.
+        ConfigError: names keys that are not understood.
     """
     renamed = {_classic(key): value for key, value in state.items()}
     layers = _layers(renamed, origin)
     ldm = {name for name in layers if any(part in name for part in _LDM)}
     if ldm and any(part in name for name in layers for part in _DIFFUSERS):
         raise ConfigError(
-            f"{origin} names U-Net blocks in two ways: {min(ldm)} is LDM's, others are diffusers'"
+            f"{origin} mixes names of U-Net blocks: {min(ldm)} is LDM's, others are diffusers'"
         )
     try:
         config = SimpleNamespace(layers_per_block=layers_per_block)
-        # Both take the tensors out of what they are given.
+        # Both remove the tensors from their argument.
         mapped = _maybe_map_sgm_blocks_to_diffusers(dict(renamed), config)
         converted, alphas = _convert_non_diffusers_lora_to_diffusers(mapped)
     except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
@@ -52,12 +52,12 @@ def from_kohya(
             f"{origin}: its layers are not those of Stable Diffusion: {str(error)[:200]}"
         ) from error
     if len(converted) != 2 * len(layers):
-        raise ConfigError(f"{origin}: two of its layers have one name in diffusers")
+        raise ConfigError(f"{origin}: two of its layers have the same name in diffusers")
     return converted, alphas
 
 
 def _classic(key: str) -> str:
-    """Some trainers write PEFT's A and B behind kohya's names."""
+    """Kohya's key; some trainers write PEFT's A and B after kohya's names."""
     for end, classic in ((A, _ENDS[0]), (B, _ENDS[1])):
         if key.endswith(end):
             return key.removesuffix(end) + classic
@@ -67,8 +67,8 @@ def _classic(key: str) -> str:
 def _layers(state: Mapping[str, Tensor], origin: str) -> set[str]:
     if unknown := [key for key in state if not key.startswith(PREFIXES) or not key.endswith(_ENDS)]:
         raise ConfigError(
-            f"{origin}: keys that are not understood: {listed(unknown)}; a LoRA file of this kind "
-            f"has {', '.join(PREFIXES)} with {', '.join(_ENDS)}"
+            f"{origin}: keys that are not understood: {format_names(unknown)}; keys of such a file "
+            f"start with {', '.join(PREFIXES)} and end with {', '.join(_ENDS)}"
         )
     layers = {key.partition(".")[0] for key in state}
     for name in sorted(layers):
@@ -78,20 +78,20 @@ def _layers(state: Mapping[str, Tensor], origin: str) -> set[str]:
 
 
 def check_names(names: Mapping[str, set[str]], state: Mapping[str, Tensor], origin: str) -> None:
-    """Whether the converter has understood every layer: written again, they are the same names.
+    """Check that the converter understood every layer: writing it again gives the same name.
 
-    Blocks in LDM's names are other names, by design.
+    Files with LDM's block names are not checked: those are renamed by design.
 
     Raises:
-        ConfigError: it has not, by name.
+        ConfigError: names layers that it did not understand.
     """
     written = {kohya_name(part, name, xl) for part in names for name in names[part]
                for xl in (False, True)}  # fmt: skip
-    given = {key.partition(".")[0] for key in state}
-    if any(part in name for name in given for part in _LDM):
+    layers = {key.partition(".")[0] for key in state}
+    if any(part in name for name in layers for part in _LDM):
         return
-    if unknown := given - written:
-        raise ConfigError(f"{origin}: layers that are not understood: {listed(unknown)}")
+    if unknown := layers - written:
+        raise ConfigError(f"{origin}: layers that are not understood: {format_names(unknown)}")
 
 
 def kohya_name(part: str, layer: str, xl: bool) -> str:
@@ -117,10 +117,10 @@ def to_kohya(snapshot: PolicySnapshot) -> Tensors:
 
 
 def _marker(part: str, adapter: Tensors, shape: LoraShape, xl: bool) -> Tensors:
-    """A layer of zeros on an output projection, where a text encoder's adapter has none.
+    """A layer of zeros on an output projection, if a text encoder's adapter has none.
 
-    diffusers knows kohya's attention layers by `out_proj` alone: without one it leaves out all the
-    others, with a warning (0.42), or raises.
+    diffusers recognises kohya's attention layers only by `out_proj`: without one, it ignores all
+    the others with a warning (0.42), or raises.
     """
     names = [key.removesuffix(A) for key in adapter if key.endswith(A)]
     attention = [name for name in names if name.endswith(("q_proj", "k_proj", "v_proj"))]
@@ -132,6 +132,6 @@ def _marker(part: str, adapter: Tensors, shape: LoraShape, xl: bool) -> Tensors:
     return {
         name + _ENDS[0]: np.zeros((rank, width), dtype=np.float32),
         name + _ENDS[1]: np.zeros((width, rank), dtype=np.float32),
-        # The same scale as the others': diffusers mistakes a text encoder's differing ones.
+        # The others' scale: diffusers misreads differing scales of a text encoder.
         name + _ENDS[2]: np.array(shape.alpha, dtype=np.float32),
     }

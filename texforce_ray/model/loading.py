@@ -1,4 +1,4 @@
-"""Loads pipelines part by part, so that no part is left with random weights without a word."""
+"""Loads pipelines part by part, so that no part silently keeps random weights."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import os
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from texforce_ray.artifacts.families import Family, family_of
+from texforce_ray.artifacts.inspection import check_pipeline, read_json
 from texforce_ray.errors import ConfigError
-from texforce_ray.model.inspection import SUPPORTED, check_pipeline, read_json
 
-_PARTS = ("text_encoder", "text_encoder_2", "unet", "vae")
-# By name alone: what else a model_index.json names is not imported.
+# Looked up by name: no other class that a model_index.json names is imported.
 _CLASSES: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
@@ -28,8 +29,9 @@ _CLASSES: dict[str, Any] = {
         AutoencoderTiny,
     )
 }  # fmt: skip
+_LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _LEFT_OUT = {"feature_extractor": None, "image_encoder": None}
-# Stored as buffers once; they are computed now.
+# Formerly stored as buffers; computed now.
 _COMPUTED = ("position_ids",)
 
 
@@ -41,57 +43,51 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     single_file_config: str | None = None,
+    own: Family | None = None,
 ) -> Any:
-    """A pipeline whose every weight came from its files.
+    """Load a pipeline, all of whose weights come from its files.
 
     Args:
-        location: a directory, hub id or single file, as `locate_model` gives it.
-        path: how errors name it.
+        location: a directory, hub id or single file, as returned by `locate_model`.
+        path: its name in errors.
         dtype: of its weights.
         revision: of a hub id.
         variant: of the weight files.
         single_file_config: directory with configs and tokenizers for a single file.
+        own: the user's own family, if any.
 
     Raises:
-        ConfigError: not to be had, not understood, or incomplete.
+        ConfigError: unavailable, not understood, or incomplete.
     """
     if single_file_config is not None:
-        return _from_single_file(location, path, Path(single_file_config).expanduser(), dtype)
+        config = Path(single_file_config).expanduser()
+        return _from_single_file(location, path, config, dtype, own)
     folder = Path(location)
     if not folder.is_dir():
         folder = _downloaded(location, revision, variant)
-        check_pipeline(folder, path, variant)
+        check_pipeline(folder, path, variant, own=own)
     index = read_json(folder / "model_index.json", path)
-    kind, extra = pipeline_class(index["_class_name"], path)
+    family = family_of(index["_class_name"], path, own)
     try:
         parts = {
             name: load_part(
-                folder / name, _class_of(name, index[name][1], path), dtype, path, variant
+                folder / name, _class_of(name, index[name], path, family), dtype, path, variant
             )
-            for name in _PARTS
-            if name in index
+            for name in family.models
         }
-        return kind.from_pretrained(folder, dtype=dtype, **_LEFT_OUT, **parts, **extra)
+        kind = getattr(diffusers, family.pipeline)
+        return kind.from_pretrained(folder, dtype=dtype, **_LEFT_OUT, **parts, **family.load)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ConfigError(f"model.path: cannot load {path!r}: {error}") from error
-
-
-def pipeline_class(name: str | None, path: str) -> tuple[Any, dict[str, Any]]:
-    """The pipeline's class of that name, and its own arguments."""
-    if name == "StableDiffusionXLPipeline":
-        return StableDiffusionXLPipeline, {"add_watermarker": False}
-    if name == "StableDiffusionPipeline":
-        return StableDiffusionPipeline, {"safety_checker": None, "requires_safety_checker": False}
-    raise ConfigError(f"model.path: {path} holds a {name}; supported is {', '.join(SUPPORTED)}")
 
 
 def load_part(
     folder: Path, kind: Any, dtype: torch.dtype, path: str, variant: str | None = None
 ) -> Any:
-    """One model of a pipeline; where it has no files of the variant, its plain ones.
+    """Load one model of a pipeline; without files of the variant, from its plain ones.
 
     Raises:
-        ConfigError: weights that its config asks for are not in its files.
+        ConfigError: its files lack weights that its config requires.
     """
     has = variant is not None and any(folder.glob(f"*.{variant}*"))
     model, loaded = kind.from_pretrained(
@@ -106,39 +102,43 @@ def complete(model: Any, loaded: dict[str, Any], where: str) -> Any:
     Args:
         model: loaded by `from_pretrained` with `output_loading_info`.
         loaded: that information.
-        where: begins the error.
+        where: start of the error message.
 
     Raises:
-        ConfigError: names weights that would be random.
+        ConfigError: some weights would be random; names them.
     """
     missing = [key for key in loaded["missing_keys"] if not key.endswith(_COMPUTED)]
     mismatched = [str(key[0]) for key in loaded.get("mismatched_keys", ())]
     if not (missing or mismatched):
         return model
-    found = sorted(loaded.get("unexpected_keys", ()))
+    others = sorted(loaded.get("unexpected_keys", ()))
     lost = sorted([*missing, *mismatched])
     raise ConfigError(
-        f"{where} would get random weights: {len(lost)} of those that its config asks for are "
-        f"missing or of another size ({', '.join(lost[:3])}, ...)"
-        + (f"; its file has others instead ({', '.join(found[:3])}, ...)" if found else "")
-        + ". Was it saved with another prefix, or by another version of its library?"
+        f"{where} would get random weights: {len(lost)} of those that its config requires are "
+        f"missing or have another size ({', '.join(lost[:3])}, ...)"
+        + (f"; its file has others instead ({', '.join(others[:3])}, ...)" if others else "")
+        + "; was it saved with another prefix, or by another version of its library?"
     )
 
 
-def _class_of(part: str, name: str, path: str) -> Any:
+def _class_of(part: str, entry: list[str], path: str, family: Family) -> Any:
+    """The class of a part by its entry [library, name] in model_index.json."""
+    library, name = entry
+    if name in family.classes and name not in _CLASSES and library in _LIBRARIES:
+        return getattr(_LIBRARIES[library], name)
     if name not in _CLASSES:
         raise ConfigError(
-            f"model.path: {path}: model_index.json says that {part} is a {name}; supported are "
+            f"model.path: {path}: {part} is a {name} in model_index.json; supported: "
             f"{', '.join(_CLASSES)}"
         )
     return _CLASSES[name]
 
 
 def _downloaded(identifier: str, revision: str | None, variant: str | None) -> Path:
-    """The cached folder of a hub id.
+    """The cached folder of a hub id, downloaded if needed.
 
     Raises:
-        ConfigError: it cannot be had.
+        ConfigError: it cannot be downloaded.
     """
     try:
         folder = StableDiffusionPipeline.download(
@@ -148,34 +148,35 @@ def _downloaded(identifier: str, revision: str | None, variant: str | None) -> P
         lines = [line for line in str(error).splitlines() if line.strip()]
         offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
         raise ConfigError(
-            f"model.path: {identifier!r} is no local folder, and cannot be had from the Hugging "
-            f"Face hub{' (HF_HUB_OFFLINE is set)' if offline else ''}: is the machine offline, the "
-            f"id or model.revision wrong, or the model gated? The hub's client says: "
+            f"model.path: {identifier!r} is not a local folder and cannot be downloaded from the "
+            f"Hugging Face hub{' (HF_HUB_OFFLINE is set)' if offline else ''}: is the machine "
+            f"offline, the id or model.revision wrong, or the model gated? Its client reports: "
             f"{lines[0] if lines else type(error).__name__}"
         ) from None
     return Path(folder)
 
 
-def _from_single_file(file: str, path: str, config: Path, dtype: torch.dtype) -> Any:
-    """A checkpoint of another program, with the configs and tokenizers of a local directory."""
+def _from_single_file(
+    file: str, path: str, config: Path, dtype: torch.dtype, own: Family | None
+) -> Any:
+    """Load another program's checkpoint with the configs and tokenizers of a local directory."""
     index = read_json(config / "model_index.json", str(config))
-    kind, extra = pipeline_class(index.get("_class_name"), str(config))
+    family = family_of(index.get("_class_name"), str(config), own)
+    options = {"local_files_only": True, **_LEFT_OUT, **family.load}
     try:
-        pipe = kind.from_single_file(
-            file, config=str(config), dtype=dtype, local_files_only=True, **_LEFT_OUT, **extra
-        )
+        kind = getattr(diffusers, family.pipeline)
+        pipe = kind.from_single_file(file, config=str(config), dtype=dtype, **options)
     except Exception as error:  # diffusers' converters raise anything on files of other models
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ConfigError(
             f"model.path: {path} cannot be read with the configs of {config} "
             f"(model.single_file_config): {lines[0] if lines else type(error).__name__}"
         ) from error
-    for name in _PARTS:
-        model = getattr(pipe, name, None)
-        unset = [n for n, p in model.named_parameters() if p.is_meta] if model is not None else []
+    for name in family.models:
+        unset = [n for n, p in getattr(pipe, name).named_parameters() if p.is_meta]
         if unset:
             raise ConfigError(
                 f"model.path: {path} lacks weights of {name} that {config} "
-                f"(model.single_file_config) asks for: {', '.join(unset[:3])}, ..."
+                f"(model.single_file_config) requires: {', '.join(unset[:3])}, ..."
             )
     return pipe

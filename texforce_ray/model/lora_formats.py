@@ -1,4 +1,4 @@
-"""The forms of LoRA files, by their keys: diffusers' old and new ones, attn_procs, kohya's."""
+"""Forms of LoRA files, told apart by keys: diffusers' old and new ones, attn_procs, kohya's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from diffusers.utils.state_dict_utils import (
 from safetensors import safe_open
 from torch import Tensor
 
+from texforce_ray.artifacts.snapshot import PARTS, UNET, PolicySnapshot
 from texforce_ray.errors import ConfigError
+from texforce_ray.files import from_json
 from texforce_ray.model.kohya import check_names, from_kohya, is_kohya
 from texforce_ray.model.lora_layers import (
     A,
@@ -26,14 +28,12 @@ from texforce_ray.model.lora_layers import (
     Layers,
     assemble,
     canonical,
-    listed,
+    format_names,
     pair_layers,
 )
 from texforce_ray.model.peft_config import Scale, read_scale
-from texforce_ray.model.snapshot import PARTS, UNET, PolicySnapshot
-from texforce_ray.records.files import from_json
 
-# diffusers' own tables, whole: its functions guess one from some of the keys.
+# diffusers' complete tables: its own functions guess one from some of the keys.
 _TEXT_TO_PEFT = {
     **DIFFUSERS_OLD_TO_PEFT, **DIFFUSERS_TO_PEFT, ".lora.up": ".lora_B", ".lora.down": ".lora_A",
 }  # fmt: skip
@@ -44,7 +44,7 @@ _UNET_STARTS = (
     "down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.",
     "add_embedding.",
 )  # fmt: skip
-# What a key of another kind of adapter holds ($: at its end), and what that is.
+# Parts of keys ($: at the end) that mark another kind of adapter, and what that is.
 _VARIANTS = {
     "dora_scale": "DoRA (it has magnitudes)",
     "lora_magnitude_vector": "DoRA (it has magnitudes)",
@@ -56,36 +56,36 @@ _VARIANTS = {
     ".on_input": "(IA)^3",
     ".lora_mid.": "LoCon with Tucker decomposition (it has lora_mid)",
     "lora_embedding_": "LoRA on embeddings",
-    "trainable_tokens": "LoRA with trained token embeddings beside it",
-    "modules_to_save": "LoRA with whole trained modules beside it",
-    "bundle_emb.": "LoRA with textual inversion embeddings beside it",
+    "trainable_tokens": "LoRA plus trained token embeddings",
+    "modules_to_save": "LoRA plus whole trained modules",
+    "bundle_emb.": "LoRA plus textual inversion embeddings",
     ".diff$": "a file of whole weights' differences",
     ".diff_b$": "a file of whole weights' differences",
-    ".w_norm$": "LoRA with trained norms beside it",
-    ".b_norm$": "LoRA with trained norms beside it",
+    ".w_norm$": "LoRA plus trained norms",
+    ".b_norm$": "LoRA plus trained norms",
     ".bias$": "LoRA that trains biases too",
 }
 
 
 def check_plain(keys: Mapping[str, Any], origin: str) -> None:
-    """Whether all keys can be those of plain LoRA.
+    """Check that all keys can be those of plain LoRA.
 
     Raises:
-        ConfigError: they are not, by the name of what they are.
+        ConfigError: they cannot; names what they are.
     """
     for mark, variant in _VARIANTS.items():
         if found := [key for key in keys if mark in f"{key}$"]:
             raise ConfigError(
-                f"{origin} is {variant}: {listed(found)}; plain LoRA is supported. Merge it into "
-                "the base model with the tool that made it"
+                f"{origin} is {variant}: {format_names(found)}; only plain LoRA is supported; "
+                "merge it into the base model with the tool that made it"
             )
 
 
 def load_tensors(file: Path, origin: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file and its metadata. Pickles are read as tensors alone.
+    """The tensors of a file and its metadata. Only tensors are read from pickles.
 
     Raises:
-        ConfigError: damaged, or more than tensors.
+        ConfigError: damaged, or holds more than tensors.
     """
     try:
         if file.suffix == ".safetensors":
@@ -104,7 +104,7 @@ def load_tensors(file: Path, origin: str) -> tuple[dict[str, Tensor], dict[str, 
         isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
     )
     if not tensors:
-        raise ConfigError(f"{origin}: {file.name} is no table of tensors by name")
+        raise ConfigError(f"{origin}: {file.name} is not a mapping from names to tensors")
     return dict(loaded), {}
 
 
@@ -113,14 +113,14 @@ def arrays(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def read_file(file: Path, origin: str, layers_per_block: int = 2) -> PolicySnapshot:
-    """A LoRA file of any form.
+    """Read a LoRA file of any form.
 
     Args:
-        layers_per_block: the U-Net's; LDM's names of blocks can be read only with it. Every
-            published Stable Diffusion has 2.
+        layers_per_block: the U-Net's; needed for LDM's block names. Every published Stable
+            Diffusion has 2.
 
     Raises:
-        ConfigError: damaged, of a form or kind that is not understood, by name.
+        ConfigError: damaged, or of a form or kind that is not understood; names it.
     """
     state, metadata = load_tensors(file, origin)
     if not state:
@@ -137,14 +137,14 @@ def read_file(file: Path, origin: str, layers_per_block: int = 2) -> PolicySnaps
     wanted = _alphas_by_layer(alphas, named, origin)
     scales = _scales(metadata, origin)
     if wanted and scales:
-        raise ConfigError(f"{origin} says its scale twice, in {_METADATA} and in {min(wanted)}")
+        raise ConfigError(f"{origin} gives its scale twice, in {_METADATA} and in {min(wanted)}")
     read: dict[str, tuple[Layers, None]] = {}
     for part, tensors in named.items():
         pairs = pair_layers(part, arrays(tensors), origin)
         layers = {}
         for name, pair in pairs.items():
             if kohya is not None and not pair[A].any() and not pair[B].any():
-                continue  # a layer that says only what file this is, as `to_kohya` writes
+                continue  # a marker without effect, as `to_kohya` writes it
             rank = pair[A].shape[0]
             alpha = scales[part].alpha_of(name, rank) if part in scales else float(rank)
             layers[name] = Layer(pair[A], pair[B], wanted.get(f"{part}.{name}", alpha))
@@ -187,9 +187,9 @@ def _by_part(state: Mapping[str, Tensor], origin: str) -> dict[str, dict[str, Te
         hint = (
             "; it is PEFT's weights file: give its folder, whose adapter_config.json has the scale"
             if all(key.startswith("base_model.model.") for key in unknown)
-            else f"; keys of {', '.join(PARTS)} are"
+            else f"; only keys of {', '.join(PARTS)} are"
         )
-        raise ConfigError(f"{origin}: keys that are not understood: {listed(unknown)}{hint}")
+        raise ConfigError(f"{origin}: keys that are not understood: {format_names(unknown)}{hint}")
     return {part: parts[part] for part in PARTS if part in parts}
 
 
@@ -204,7 +204,7 @@ def _convert(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _alphas_by_layer(
     alphas: Mapping[str, float], named: Mapping[str, Mapping[str, Tensor]], origin: str
 ) -> dict[str, float]:
-    """Alphas by part and layer; in files they follow a layer's old name or a tensor's."""
+    """Alphas by part and layer; files name them after a layer's old name or a tensor."""
     found = {}
     for key, alpha in alphas.items():
         part, name = _part_of(key.removesuffix(".alpha"))
@@ -216,7 +216,7 @@ def _alphas_by_layer(
                 found[f"{part}.{canonical(part, converted.removesuffix(A))}"] = alpha
                 break
         else:
-            raise ConfigError(f"{origin}: {key} is a scale of no layer of the file")
+            raise ConfigError(f"{origin}: {key} is a scale, but the file has no such layer")
     return found
 
 
@@ -226,14 +226,14 @@ def _part_of(key: str) -> tuple[str, str]:
 
 
 def _scales(metadata: Mapping[str, str], origin: str) -> dict[str, Scale]:
-    """What diffusers' metadata say of each part's scale."""
+    """Each part's scale in diffusers' metadata."""
     if _METADATA not in metadata:
         return {}
     try:
-        said = from_json(metadata[_METADATA])
+        flat = from_json(metadata[_METADATA])
         configs = {
             part: {
-                k.removeprefix(f"{part}."): v for k, v in said.items() if k.startswith(f"{part}.")
+                k.removeprefix(f"{part}."): v for k, v in flat.items() if k.startswith(f"{part}.")
             }
             for part in PARTS
         }

@@ -1,19 +1,19 @@
-"""LoRA layers by name: one naming for all files, any ranks and scales, made into a snapshot.
+"""LoRA layers by canonical name, of any ranks and scales, combined into a snapshot.
 
 CLIPTextModel's layers were `text_model.encoder...` up to transformers 5.5 and are `encoder...`
 since; CLIPTextModelWithProjection kept the prefix. Snapshots read from files have the newer names
-(`canonical`), files have both or the older one, and `own_names` finds a loaded module's.
+(`canonical`), files have both or the older one, and `own_names` maps to those of a loaded module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from texforce_ray.artifacts.snapshot import TEXT_ENCODERS, LoraShape, PolicySnapshot, Tensors
 from texforce_ray.errors import ConfigError
-from texforce_ray.model.snapshot import TEXT_ENCODERS, LoraShape, PolicySnapshot, Tensors
 
 PREFIX = "text_model."
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -25,7 +25,7 @@ _SHOWN = 4
 class Layer:
     """One layer's update alpha / r * B A.
 
-    a: [r, in], or [r, in, k, k] of a convolution; b: [out, r], or [out, r, 1, 1].
+    a: [r, in], or [r, in, k, k] for a convolution; b: [out, r], or [out, r, 1, 1].
     """
 
     a: np.ndarray
@@ -41,7 +41,7 @@ Layers = dict[str, Layer]
 
 
 def canonical(part: str, name: str) -> str:
-    """A layer's or tensor's name as transformers names it since 5.6."""
+    """A layer's or tensor's name in transformers since 5.6."""
     if part not in TEXT_ENCODERS:
         return name
     bare = name.removeprefix(PREFIX)
@@ -49,7 +49,7 @@ def canonical(part: str, name: str) -> str:
 
 
 def prefixed(part: str, name: str) -> str:
-    """The same as files and transformers before 5.6 name it."""
+    """A layer's or tensor's name in files and in transformers before 5.6."""
     if part not in TEXT_ENCODERS:
         return name
     bare = name.removeprefix(PREFIX)
@@ -57,16 +57,16 @@ def prefixed(part: str, name: str) -> str:
 
 
 def own_names(names: Iterable[str], module: Iterable[str]) -> dict[str, str]:
-    """Each name as the module itself has it, whichever layout either follows; unknown ones stay."""
+    """Map each name to the module's own, whatever layout either has; unknown ones stay as is."""
     own = set(module)
-    found = {}
+    mapped = {}
     for name in names:
         forms = (name, name.removeprefix(PREFIX), PREFIX + name)
-        found[name] = next((form for form in forms if form in own), name)
-    return found
+        mapped[name] = next((form for form in forms if form in own), name)
+    return mapped
 
 
-def listed(names: Iterable[str]) -> str:
+def format_names(names: Iterable[str]) -> str:
     """The first few names, and how many more there are."""
     found = sorted(names)
     more = len(found) - _SHOWN
@@ -74,11 +74,10 @@ def listed(names: Iterable[str]) -> str:
 
 
 def pair_layers(part: str, tensors: Mapping[str, np.ndarray], origin: str) -> dict[str, Tensors]:
-    """Tensors by PEFT's key, in pairs: {layer: {A: ..., B: ...}} by canonical name.
+    """Tensors by PEFT's key, paired up: {layer: {A: ..., B: ...}} by canonical name.
 
     Raises:
-        ConfigError: a tensor that is neither an A nor a B, or half a pair, or one that does not
-            fit the other.
+        ConfigError: a tensor is neither an A nor a B, or lacks its partner or does not fit it.
     """
     pairs: dict[str, Tensors] = {}
     for key, value in tensors.items():
@@ -89,7 +88,7 @@ def pair_layers(part: str, tensors: Mapping[str, np.ndarray], origin: str) -> di
             )
         pair = pairs.setdefault(canonical(part, key.removesuffix(end)), {})
         if end in pair and not np.array_equal(pair[end], value):
-            raise ConfigError(f"{origin}: tensor {key} is there twice, with and without {PREFIX}")
+            raise ConfigError(f"{origin}: tensor {key} differs with and without {PREFIX}")
         pair[end] = value
     for name, pair in pairs.items():
         _check_pair(name, pair, origin)
@@ -111,8 +110,8 @@ def _check_pair(name: str, pair: Tensors, origin: str) -> None:
 def assemble(parts: Mapping[str, tuple[Layers, Iterable[str] | None]]) -> PolicySnapshot:
     """A snapshot of layers by part; with target modules, or None for the layers' full names.
 
-    Layers of one rank and alpha keep their bits. Others are filled up with zeros to the highest
-    rank and their scale is taken into B, which is the same update.
+    Layers that share one rank and alpha keep their bits. Otherwise all are padded with zeros to the
+    highest rank and B absorbs their scale, which gives the same update.
     """
     shapes: dict[str, LoraShape] = {}
     adapters: dict[str, Tensors] = {}
@@ -133,7 +132,7 @@ def assemble(parts: Mapping[str, tuple[Layers, Iterable[str] | None]]) -> Policy
 
 
 def filled(layer: Layer, rank: int) -> Layer:
-    """The same update with this rank, not lower than its own, and scale 1."""
+    """The same update with scale 1, padded to a rank that is not lower than its own."""
     extra = (0, rank - layer.rank)
     rest = [(0, 0)] * (layer.a.ndim - 2)
     a = np.pad(layer.a, [extra, (0, 0), *rest])
@@ -146,10 +145,10 @@ def filled(layer: Layer, rank: int) -> Layer:
 
 
 def rescaled(snapshot: PolicySnapshot, shapes: Mapping[str, LoraShape]) -> PolicySnapshot:
-    """The same updates for a policy of these shapes: B takes up a difference of alpha / r.
+    """The same updates for a policy of these shapes: B absorbs a difference in alpha / r.
 
     Raises:
-        ConfigError: other parts, or another rank; layers are `Adapter.load`'s to compare.
+        ConfigError: parts or ranks differ; `Adapter.load_weights` compares the layers.
     """
     if snapshot.adapters.keys() != shapes.keys():
         raise ConfigError(
@@ -168,3 +167,9 @@ def rescaled(snapshot: PolicySnapshot, shapes: Mapping[str, LoraShape]) -> Polic
             for key, value in tensors.items()
         }
     return PolicySnapshot(snapshot.version, dict(shapes), adapters)
+
+
+def linear_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """A weight's shape; that of a 1 x 1 convolution is the equivalent linear layer's."""
+    sizes = tuple(shape)
+    return sizes[:-2] if len(sizes) > 2 and sizes[-2:] == (1, 1) else sizes

@@ -1,4 +1,4 @@
-"""What PEFT's `adapter_config.json`, or diffusers' copy of it, says about scale and layers."""
+"""Scale and layers in PEFT's `adapter_config.json`, or in diffusers' copy of it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from peft import LoraConfig
 from texforce_ray.errors import ConfigError
 from texforce_ray.model.lora_layers import PREFIX
 
-# These either change nothing once the adapter is trained, or only which layers it is on, which
-# the tensors say themselves.
+# These either change nothing once the adapter is trained, or only select its layers, which the
+# tensors show themselves.
 _FREE = {
     "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "corda_config",
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
@@ -25,24 +25,24 @@ _FREE = {
 _VARIANTS = {
     "bias": "LoRA that trains biases too",
     "lora_bias": "LoRA with a bias in B",
-    "modules_to_save": "LoRA with whole trained modules beside it",
-    "trainable_token_indices": "LoRA with trained token embeddings beside it",
+    "modules_to_save": "LoRA plus whole trained modules",
+    "trainable_token_indices": "LoRA plus trained token embeddings",
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "layer_replication": "LoRA on a model whose layers are replicated",
     "target_parameters": "LoRA on bare parameters",
     "alora_invocation_tokens": "activated LoRA",
 }
-# Of other ways to start, the base's own weights are changed, which files of the base do not know.
+# Other initialisations change the base model's own weights, so that its files no longer fit.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _EMPTY: tuple[Any, ...] = (None, False, "", "none", [], {})
 
 
 @dataclass(frozen=True)
 class Scale:
-    """alpha / r of every layer, as PEFT reckons it.
+    """alpha / r of every layer, as PEFT computes it.
 
-    alpha: of layers that no pattern names. patterns: {regular expression: alpha}.
+    alpha: of layers that match no pattern. patterns: {regular expression: alpha}.
     rank_stabilized: the update is alpha / sqrt(r) * B A.
     """
 
@@ -62,14 +62,14 @@ class Scale:
 
 
 def read_scale(config: Mapping[str, Any], origin: str) -> Scale:
-    """What it says of scale.
+    """The scale in a config.
 
     Raises:
-        ConfigError: not plain LoRA, by the name of what it is; or values that cannot be.
+        ConfigError: not plain LoRA (names what it is), or impossible values.
     """
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
-        raise ConfigError(f"{origin} is a {kind} adapter; plain LoRA is supported")
+        raise ConfigError(f"{origin} is a {kind} adapter; only plain LoRA is supported")
     _check_plain(config, origin)
     try:
         patterns = {str(k): _number(v) for k, v in (config.get("alpha_pattern") or {}).items()}
@@ -89,18 +89,18 @@ def _check_plain(config: Mapping[str, Any], origin: str) -> None:
             continue
         if key in _VARIANTS:
             raise ConfigError(
-                f"{origin} is {_VARIANTS[key]} (it sets {key}), not a plain LoRA adapter; plain "
-                "LoRA is supported"
+                f"{origin} is {_VARIANTS[key]} (it sets {key}), not a plain LoRA adapter; only "
+                "plain LoRA is supported"
             )
         if value != getattr(LoraConfig, key, None):
             raise ConfigError(
-                f"{origin} sets {key} to {str(value)[:80]}, which is not understood; plain LoRA "
-                "is supported"
+                f"{origin} sets {key} to {str(value)[:80]}, which is not understood; only "
+                "plain LoRA is supported"
             )
     start = config.get("init_lora_weights", True)
     if not any(start is plain or start == plain for plain in _PLAIN_STARTS):
         raise ConfigError(
-            f"{origin} was started with init_lora_weights={start!r}, which changes the base "
+            f"{origin} was initialised with init_lora_weights={start!r}, which changes the base "
             "model's own weights; convert it with PEFT's "
             "save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
@@ -114,7 +114,7 @@ def _number(value: Any) -> float:
 
 
 def target_names(config: Mapping[str, Any]) -> list[str] | None:
-    """The target modules, where they alone say which layers there are; None if tensors must."""
+    """The target modules if they alone determine the layers; None if the tensors must."""
     named = config.get("target_modules")
     narrowed = any(config.get(key) for key in ("layers_to_transform", "exclude_modules"))
     if narrowed or not isinstance(named, list) or not named:
@@ -123,7 +123,7 @@ def target_names(config: Mapping[str, Any]) -> list[str] | None:
 
 
 def portable_config(rank: int, alpha: float, targets: tuple[str, ...], base: str) -> dict[str, Any]:
-    """An adapter_config.json of keys that every PEFT since 0.13 knows: others make it raise."""
+    """An adapter_config.json with keys that every PEFT since 0.13 knows: it raises on others."""
     return {
         "auto_mapping": None,
         "base_model_name_or_path": base,
@@ -137,7 +137,7 @@ def portable_config(rank: int, alpha: float, targets: tuple[str, ...], base: str
         "peft_type": "LORA",
         "r": rank,
         "revision": None,
-        # PEFT compares ends of names: without the prefix they fit both layouts of CLIP.
+        # PEFT matches suffixes of names: without the prefix they fit both layouts of CLIP.
         "target_modules": sorted({name.removeprefix(PREFIX) for name in targets}),
         "task_type": None,
         "use_dora": False,

@@ -12,7 +12,7 @@ from texforce_ray.errors import ResourceError
 # On a CPU larger batches are not faster: their activations leave the caches.
 CPU_BATCH, CPU_MICROBATCH = 32, 64
 _MOST = 1024
-_SHARE = 0.9  # of a process's part of the device's memory: fragments, other libraries
+_SHARE = 0.9  # of a process's part of the memory; the rest is for fragments and other libraries
 
 
 def batch_candidates(config: Config) -> list[int]:
@@ -29,16 +29,16 @@ def microbatch_candidates(most: int = _MOST) -> list[int]:
 def largest_that_fits(
     peak_bytes: Callable[[int], float], candidates: Sequence[int], budget: float
 ) -> int:
-    """The largest candidate whose peak stays within `budget`, taking memory as linear in size.
+    """The largest candidate whose peak stays within `budget`, assuming memory linear in size.
 
     Raises:
-        ResourceError: not even the smallest one does.
+        ResourceError: not even the smallest one fits.
     """
     least = candidates[0]
     if (one := peak_bytes(least)) > budget:
-        needed = f"{one / 2**30:.1f} GiB" if one < float("inf") else "more than there is"
+        needed = f"{one / 2**30:.1f} GiB" if one < float("inf") else "more than all"
         raise ResourceError(
-            f"a batch of {least} needs {needed} of the device's memory, this actor may use "
+            f"a batch of {least} needs {needed} of the device's memory, but this actor may use "
             f"{budget / 2**30:.1f} GiB; use half precision (model.dtype=float16), "
             "learner.gradient_checkpointing=true, or a larger num_gpus"
         )
@@ -46,20 +46,20 @@ def largest_that_fits(
         return least
     slope = max(1.0, (peak_bytes(candidates[1]) - one) / (candidates[1] - least))
     for size in reversed(candidates):
-        # The line is a guess; what it promises is tried.
+        # The line is only an estimate: measure before returning a size.
         if one + slope * (size - least) <= budget and peak_bytes(size) <= budget:
             return size
     return least
 
 
 def budget(device: torch.device, num_gpus: float) -> float:
-    """What a process that was given `num_gpus` of a device may use of its memory."""
+    """Bytes of a device's memory that a process with `num_gpus` of it may use."""
     total = torch.cuda.get_device_properties(device).total_memory
     return _SHARE * min(1.0, num_gpus or 1.0) * total
 
 
 def peak(device: torch.device, work: Callable[[], object]) -> float:
-    """Bytes of the device's memory that `work` takes at most; infinite where it runs out."""
+    """Peak of the device's memory in bytes during `work`; infinite if it runs out."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     try:

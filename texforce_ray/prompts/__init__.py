@@ -1,4 +1,7 @@
-"""Prompts: built-in sets, files, and which of them an iteration uses."""
+"""Prompts: built-in sets, files, and which of them an iteration uses.
+
+No torch, no Ray. May import shapes (the built-in sets), the config and the modules below them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from texforce_ray.prompts.sets import BUILT_IN
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's text and what else its record holds, as plain JSON data; rewards see both."""
+    """A prompt's text and its record's other fields, as plain JSON data; rewards see both."""
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -28,13 +31,13 @@ def load_prompts(source: PromptSource) -> list[Prompt]:
     """All prompts of a set, file, folder or data set, in its order.
 
     Raises:
-        PromptError: unknown set; missing, unreadable or empty file; no such column; what is no
-            text.
+        PromptError: unknown set; missing, unreadable or empty file; no such column; a value that
+            is not text.
     """
     if source.set is not None:
         if source.set not in BUILT_IN:
             raise PromptError(
-                f"unknown prompt set {source.set!r}; built in are {', '.join(BUILT_IN)}"
+                f"unknown prompt set {source.set!r}; the built-in sets are {', '.join(BUILT_IN)}"
             )
         prompts = [Prompt(text) for text in BUILT_IN[source.set]()]
     else:
@@ -55,7 +58,7 @@ def _wanted(text: str, source: PromptSource) -> bool:
         return False
     if source.part == "all":
         return True
-    # The text alone decides: adding prompts to a file moves none of the others.
+    # The text alone decides, so adding prompts to a file moves none of the others.
     place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
     return (place < source.test_share) == (source.part == "test")
 
@@ -71,6 +74,6 @@ def prompts_of_iteration(
     return chosen
 
 
-@lru_cache(maxsize=4)  # as many epochs as an iteration and its evaluation touch, mostly
+@lru_cache(maxsize=4)  # usually covers the epochs that an iteration and its evaluation use
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return randomness.generator(seed, randomness.PROMPTS, epoch).permutation(count)

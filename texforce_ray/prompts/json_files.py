@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from texforce_ray.files import from_json
 from texforce_ray.prompts.records import Item
-from texforce_ray.records.files import from_json
 
 _FORMS = (
     "it should hold a list of texts or objects, such a list under one key, objects or texts by "
@@ -18,10 +18,10 @@ def read_jsonl(text: str) -> list[Item]:
     """A text or an object per line.
 
     Raises:
-        ValueError: naming the line that is no JSON.
+        ValueError: a line is not JSON; names it.
     """
     items = []
-    # Not splitlines(): texts may hold U+2028 and other characters that it splits at.
+    # Not splitlines(): texts may hold U+2028 and other characters on which it splits.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             items.append((f"line {number}", _parsed(line, number)))
@@ -36,7 +36,7 @@ def _parsed(line: str, number: int) -> Any:
 
 
 def read_json(text: str, column: str) -> list[Item]:
-    """Any of the forms above; also a .jsonl file under this name.
+    """Any of the forms in `_FORMS`; also a .jsonl file that is named .json.
 
     Raises:
         ValueError: not JSON, or none of these forms.
@@ -78,7 +78,7 @@ def _from_object(whole: dict[str, Any], column: str) -> list[Item]:
 
 
 def _from_lists(whole: dict[str, Any], lists: list[str]) -> list[Item]:
-    """{"data": [...], "version": "1"}, also pandas' rows beside the names of columns."""
+    """{"data": [...], "version": "1"}; also pandas' rows with a separate list of column names."""
     if "data" not in lists and len(lists) > 1:
         raise ValueError(f"it holds several lists ({', '.join(lists)}); {_FORMS}")
     rows = whole["data" if "data" in lists else lists[0]]
@@ -108,8 +108,8 @@ def _columns(whole: dict[str, Any]) -> list[Item]:
     for name, column in columns.items():
         if list(column) != rows:
             raise ValueError(
-                f"its columns have other entries: {next(iter(columns))!r} has {len(rows)}, "
-                f"{name!r} {len(column)}"
+                f"its columns differ in their entries: {next(iter(columns))!r} has {len(rows)}, "
+                f"{name!r} has {len(column)}"
             )
     return [
         (f"entry {row!r}", {name: column[row] for name, column in columns.items()}) for row in rows

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 TEXT_ENDINGS = (".txt", ".json", ".jsonl", ".csv", ".tsv")
 _BOMS = {
     codecs.BOM_UTF8: "utf-8",
-    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16's, which begins alike
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16's, which is a prefix of it
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
@@ -37,7 +37,7 @@ def read_records(source: PromptSource) -> list[Record]:
     columns. .jsonl: a text or an object per line. Objects and tables hold the text in `column`.
 
     Raises:
-        PromptError: naming the file and place, what is wrong, and what would be right.
+        PromptError: naming the file and place, what is wrong, and how to fix it.
     """
     if source.dataset is not None:
         name = f"data set {source.dataset}"
@@ -55,7 +55,7 @@ def read_records(source: PromptSource) -> list[Record]:
 
 
 def stem(file: Path) -> str:
-    """The name without its endings, `a` of a.txt.gz."""
+    """The name without its endings, `a` for a.txt.gz."""
     return Path(file.stem).stem if file.suffix.lower() == ".gz" else file.stem
 
 
@@ -81,7 +81,7 @@ def _read_file(file: Path, path: str, column: str) -> list[Item]:
         ending = Path(file.stem).suffix.lower()
     if ending not in TEXT_ENDINGS:
         raise PromptError(
-            f"prompt file {path}: ending {file.suffix!r} is unknown; one of "
+            f"prompt file {path}: unknown ending {file.suffix!r}; use one of "
             f"{', '.join(TEXT_ENDINGS)} (each also with .gz) or .parquet"
         )
     text = _decoded(gzip.decompress(file.read_bytes()) if packed else file.read_bytes())
@@ -95,7 +95,7 @@ def _read_file(file: Path, path: str, column: str) -> list[Item]:
 
 
 def _decoded(data: bytes) -> str:
-    """Text in UTF-8, or in what its byte order mark says.
+    """Text in UTF-8, or in the encoding that its byte order mark names.
 
     Raises:
         ValueError: another encoding.
@@ -117,7 +117,7 @@ def _decoded(data: bytes) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    # Not splitlines(): texts may hold U+2028 and other characters that it splits at.
+    # Not splitlines(): texts may hold U+2028 and other characters on which it splits.
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
@@ -125,8 +125,8 @@ def _csv(text: str, column: str, delimiter: str, path: str) -> list[Item]:
     """Rows as mappings; the first one names the columns.
 
     Raises:
-        ValueError: a quote that is not closed, or a row with more cells than the header; both
-            would put other texts into the prompts.
+        ValueError: an unclosed quote, or a row with more cells than the header; both would put
+            wrong text into the prompts.
     """
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     items: list[Item] = []
@@ -140,8 +140,8 @@ def _csv(text: str, column: str, delimiter: str, path: str) -> list[Item]:
             break
         except csv.Error as error:
             raise ValueError(
-                f"line {first}: {error} (a quote that is not closed, or a text that begins with "
-                'one? write " inside of a quoted cell as "")'
+                f"line {first}: {error} (an unclosed quote, or a text that begins with one? write "
+                '" inside a quoted cell as "")'
             ) from None
         if not row:
             continue
@@ -171,13 +171,13 @@ def _header(row: list[str]) -> list[str]:
 def _mapping(row: list[str], header: list[str], column: str, line: int) -> dict[str, str | None]:
     if len(row) > len(header):
         raise ValueError(
-            f"line {line} has {len(row)} cells and the header {len(header)} "
-            f"({', '.join(header)}): put texts that hold the separator into double quotes, or "
-            "write a prompt per line into a .txt file"
+            f"line {line} has {len(row)} cells but the header has {len(header)} "
+            f"({', '.join(header)}): put texts that contain the separator in double quotes, or "
+            "write one prompt per line into a .txt file"
         )
     if column in header and header.index(column) >= len(row):
         raise ValueError(
-            f"line {line} has {len(row)} of {len(header)} cells and none for {column!r}"
+            f"line {line} has {len(row)} of {len(header)} cells, and none for {column!r}"
         )
     cells: list[str | None] = [*row, *[None] * (len(header) - len(row))]
     return {name: cell for name, cell in zip(header, cells, strict=True) if name or cell}

@@ -1,4 +1,4 @@
-"""From a file's entries to prompts: the text, and metadata that every reward can take."""
+"""Turns a file's entries into prompts: the text, and metadata that every reward accepts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def record_of(item: Any, column: str, where: str) -> Record:
         where: file and place, for errors.
 
     Raises:
-        PromptError: no such column; the text is no text; metadata that are none.
+        PromptError: no such column; a prompt that is not text; metadata with no JSON form.
     """
     if not isinstance(item, dict):
         return text_of(item, where), {}
@@ -43,7 +43,7 @@ def record_of(item: Any, column: str, where: str) -> Record:
 
 
 def text_of(value: Any, where: str) -> str:
-    """A prompt's text; of a list of texts the first one. Empty for null.
+    """A prompt's text; for a list of texts, the first one. Empty for null.
 
     Raises:
         PromptError: anything else.
@@ -56,9 +56,9 @@ def text_of(value: Any, where: str) -> str:
         try:
             value = value.decode()
         except UnicodeDecodeError:
-            raise PromptError(f"{where}: {_shown(value)} is not a text") from None
+            raise PromptError(f"{where}: {_shown(value)} is not text") from None
     if not isinstance(value, str):
-        raise PromptError(f"{where}: {_shown(value)} is not a text{_advice(value)}")
+        raise PromptError(f"{where}: {_shown(value)} is not text{_advice(value)}")
     return _checked(value, where).strip()
 
 
@@ -66,9 +66,9 @@ def _advice(value: Any) -> str:
     first = value[0] if isinstance(value, list | tuple) and value else value
     if isinstance(first, Mapping):
         what = "a chat's messages" if first.keys() >= _CHAT else "an object"
-        return f" but {what}; write the text alone into a field and name it in 'column'"
+        return f" but {what}; put the text alone into a field and name that field in 'column'"
     if isinstance(value, float) and math.isnan(value):
-        return " but a missing value; take the row out, or make it null to have it skipped"
+        return " but a missing value; remove the row, or use null to skip it"
     return ""
 
 
@@ -80,13 +80,13 @@ def _shown(value: Any) -> str:
 def _checked(text: str, where: str) -> str:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON's escapes can write what is no character
+    except UnicodeEncodeError as error:  # JSON escapes can encode lone surrogates
         raise PromptError(f"{where}: not valid text: {error}") from None
     return text
 
 
 def plain(value: Any, where: str) -> Any:
-    """Metadata as JSON has them: dates as ISO texts, decimals as numbers, NaN as null.
+    """Metadata as JSON types: dates as ISO text, decimals as numbers, NaN as null.
 
     Raises:
         PromptError: a value that has no such form.
@@ -112,5 +112,5 @@ def _special(value: Any, where: str) -> Any:
     if isinstance(value, UUID):
         return str(value)
     raise PromptError(
-        f"{where}: {_shown(value)} has no plain form; take the column out, or write it as text"
+        f"{where}: {_shown(value)} cannot be stored as JSON; remove the column, or write it as text"
     )

@@ -10,7 +10,7 @@ from texforce_ray.shapes.scene import ABILITIES, all_scenes, parse
 
 
 def _shapes(*, held_out: bool) -> list[str]:
-    """Every ability alike: as many prompts of each as the smallest has."""
+    """Equally many prompts of each ability: as many as color or count has, whichever has more."""
     by_ability = [
         [scene.caption for scene in all_scenes(ability) if scene.held_out == held_out]
         for ability in ABILITIES
@@ -41,10 +41,10 @@ _ANIMALS = """
     frog goat goose gorilla hedgehog horse kangaroo lion lizard llama monkey mouse pig rabbit
     raccoon rat shark sheep snake spider squirrel tiger turkey turtle whale wolf zebra
 """
-# Eight that are not among them, doing what DDPO's prompts do; the choice of animals is ours.
+# Eight others, with the activities of DDPO's prompts; the choice of animals is ours.
 _UNSEEN_ANIMALS = "cheetah elephant giraffe hippo koala otter panda penguin"
 _ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
-# DPOK's four single phrases (Fan et al. 2023) for the paper's abilities, and their unseen partners.
+# DPOK's four single phrases (Fan et al. 2023) for the paper's abilities, and unseen counterparts.
 _DPOK = {
     "color": ("A green colored rabbit.", "A green colored cat."),
     "count": ("Four wolves in the park.", "Four birds in the park."),
@@ -61,11 +61,11 @@ def _article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-# name: function that lists the prompts.
+# Name to a function that lists the prompts.
 BUILT_IN: dict[str, Callable[[], list[str]]] = {
     # The four abilities of the paper's Fig. 5, all trained combinations of attributes.
     "shapes": lambda: _shapes(held_out=False),
-    # Combinations that "shapes" does not have: the paper's unseen prompts.
+    # Combinations that "shapes" lacks: the paper's unseen prompts.
     "shapes-unseen": lambda: _shapes(held_out=True),
     # One phrase for each ability, as in the paper's Fig. 5.
     "shapes-phrases": lambda: [
@@ -74,14 +74,14 @@ BUILT_IN: dict[str, Callable[[], list[str]]] = {
         "a red triangle and a blue square",
         "a green triangle above a yellow circle",
     ],
-    # Their unseen partners: one object of each is another, of a pair that is held out.
+    # Their unseen counterparts: one object of each is replaced by one with a held-out pair.
     "shapes-phrases-unseen": lambda: [
         "a green square",
         "three red circles",
         "a red circle and a blue square",
         "a green square above a yellow circle",
     ],
-    # The four phrases as somebody asks who knows how the model was captioned.
+    # The four phrases, worded by someone who knows how the model was captioned.
     "shapes-phrases-careful": lambda: [
         careful_captions(parse(phrase))[0] for phrase in BUILT_IN["shapes-phrases"]()
     ],

@@ -26,7 +26,7 @@ def read_parquet(file: Path, column: str) -> list[Item]:
     import pyarrow.parquet as pq
 
     try:
-        # Not opened by path: `read_table` would take a=b in a folder's name for a column.
+        # Not opened by path: `read_table` would read a=b in a folder's name as a column.
         with pq.ParquetFile(file) as parquet:
             kept, dropped = _chosen(parquet.schema_arrow, column)
             table = parquet.read(columns=kept)
@@ -37,7 +37,7 @@ def read_parquet(file: Path, column: str) -> list[Item]:
 
 
 def _chosen(schema: Any, column: str) -> tuple[list[str], list[str]]:
-    """Columns to read, and those of bytes that are left out."""
+    """Columns to read, and columns of bytes to leave out."""
     if len(set(schema.names)) < len(schema.names):
         raise ValueError("two of its columns have the same name")
     dropped = [f.name for f in schema if f.name != column and _binary(f.type)]
@@ -49,7 +49,7 @@ def _rows(table: Any) -> list[Item]:
 
     for position, field in enumerate(table.schema):
         if pa.types.is_timestamp(field.type) and field.type.unit == "ns":
-            # Python's times end at microseconds.
+            # Python's times have no nanoseconds.
             exact = pa.timestamp("us", field.type.tz)
             cast = table.column(position).cast(exact, safe=False)
             table = table.set_column(position, field.name, cast)
@@ -57,7 +57,7 @@ def _rows(table: Any) -> list[Item]:
 
 
 def _binary(kind: Any) -> bool:
-    """Whether a column holds bytes, such as images; also inside of structs and lists."""
+    """Whether a column holds bytes, such as images; also inside structs and lists."""
     import pyarrow as pa
 
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
@@ -84,7 +84,7 @@ def _listed(kind: Any) -> bool:
 def _warn_dropped(name: str, columns: list[str]) -> None:
     if columns:
         log.warning(
-            "prompts of %s: columns of bytes are left out, rewards do not get them: %s",
+            "prompts of %s: columns of bytes are left out and not passed to rewards: %s",
             name,
             ", ".join(columns),
         )
@@ -94,7 +94,7 @@ def read_folder(folder: Path, column: str, split: str | None) -> list[Item]:
     """A saved data set, or all Parquet files of a folder in the order of their names.
 
     Raises:
-        PromptError: neither; or several splits, none of which was asked for.
+        PromptError: neither; or several splits and no choice of one.
         ValueError, OSError: a damaged file.
     """
     if any((folder / name).is_file() for name in _SAVED):
@@ -105,7 +105,7 @@ def read_folder(folder: Path, column: str, split: str | None) -> list[Item]:
     if not splits:
         raise PromptError(
             f"prompt folder {folder} holds no .parquet files and no saved data set; give a file, "
-            "or a folder that does"
+            "or a folder that holds one of these"
         )
     files = splits[_split(str(folder), list(splits), split)]
     items: list[Item] = []
@@ -118,17 +118,17 @@ def _split(name: str, there: list[str], wanted: str | None) -> str:
     if wanted is None and len(there) == 1:
         return there[0]
     if there == [""]:
-        raise PromptError(f"prompts of {name}: its files name no splits; leave 'split' out")
+        raise PromptError(f"prompts of {name}: its files name no splits; remove 'split'")
     if wanted not in there:
-        said = f"has no split {wanted!r}" if wanted is not None else "has several splits"
-        raise PromptError(f"prompts of {name}: it {said}; set 'split' to one of {', '.join(there)}")
+        what = f"has no split {wanted!r}" if wanted is not None else "has several splits"
+        raise PromptError(f"prompts of {name}: it {what}; set 'split' to one of {', '.join(there)}")
     return wanted
 
 
 def read_dataset(
     name: str, column: str, split: str | None, subset: str | None, revision: str | None
 ) -> list[Item]:
-    """A data set of the Hugging Face hub, or of a folder: saved, or one that `datasets` loads.
+    """A data set from the Hugging Face hub or a folder: saved, or one that `datasets` loads.
 
     Raises:
         PromptError: the extra is missing; no such data set, subset or split.
@@ -148,12 +148,12 @@ def read_dataset(
         else:
             where = str(folder) if folder.is_dir() else name
             loaded = datasets.load_dataset(where, subset, revision=revision)
-    except Exception as error:  # of many kinds, its own and those of its file systems
+    except Exception as error:  # many kinds: its own and those of its file systems
         raise PromptError(f"prompts.dataset: {name!r} cannot be loaded: {error}") from None
     if isinstance(loaded, datasets.DatasetDict):
         loaded = loaded[_split(name, list(loaded), split)]
     elif split is not None and str(loaded.split) != split:
-        raise PromptError(f"prompts.dataset: {name!r} has no splits; leave 'split' out")
+        raise PromptError(f"prompts.dataset: {name!r} has no splits; remove 'split'")
     _, dropped = _chosen(loaded.features.arrow_schema, column)
     _warn_dropped(name, dropped)
     return _rows(loaded.remove_columns(dropped).with_format("arrow")[:])

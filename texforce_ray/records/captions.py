@@ -34,9 +34,9 @@ def draw_lines(
 
 
 def wrap(text: str, width: int, size: int, most: int) -> list[str]:
-    """Break `text` into at most `most` lines of `width` pixels; "…" says that more followed.
+    """Break `text` into at most `most` lines of `width` pixels; "…" marks omitted text.
 
-    A word that is wider than a line is broken inside.
+    A word that is wider than a line is split.
     """
     words = text.split() or [""]
     lines: list[str] = []

@@ -1,7 +1,7 @@
-"""Checkpoints: all that a run needs to go on with the same bits. safetensors and JSON, no pickle.
+"""Checkpoints: all that a run needs to resume with the same bits. safetensors and JSON, no pickle.
 
 A checkpoint is written to a temporary directory, synced, marked complete with the digests of its
-files, and renamed. A reader believes only what carries a matching marker.
+files, and renamed. Readers accept only checkpoints with a matching marker.
 """
 
 from __future__ import annotations
@@ -21,9 +21,15 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from texforce_ray.artifacts.snapshot import (
+    Learned,
+    LearnerState,
+    LoraShape,
+    PolicySnapshot,
+    Tensors,
+)
 from texforce_ray.errors import CheckpointError
-from texforce_ray.model.snapshot import LearnerState, LoraShape, PolicySnapshot, Tensors
-from texforce_ray.records.files import (
+from texforce_ray.files import (
     atomic_write_text,
     from_json,
     fsync_directory,
@@ -41,14 +47,14 @@ class Checkpoint:
     """The state after `state.version` finished iterations.
 
     snapshots: the newest max_staleness + 1 policy versions, oldest first; the last one is the
-    current policy. evaluation: the averaged adapter if there is EMA, else the current one.
-    prompt_statistics: remembered rewards of each prompt. reward_weights: those that these totals
-    were made with, by reward; empty in checkpoints of versions that did not store them.
+    current policy. average: the averaged adapter, with EMA.
+    prompt_statistics: remembered rewards of each prompt. reward_weights: the weights behind these
+    totals, by reward.
     """
 
     state: LearnerState
     snapshots: tuple[PolicySnapshot, ...]
-    evaluation: PolicySnapshot
+    average: PolicySnapshot | None = None
     prompt_statistics: dict[str, list[float]] = field(default_factory=dict)
     reward_weights: dict[str, float] = field(default_factory=dict)
 
@@ -56,16 +62,21 @@ class Checkpoint:
     def iteration(self) -> int:
         return self.state.version
 
+    @property
+    def learned(self) -> Learned:
+        """What a learner continues from."""
+        return Learned(self.snapshots[-1], self.state, self.average)
+
 
 def checkpoint_path(run_dir: Path, iteration: int) -> Path:
     return run_dir / "checkpoints" / f"step-{iteration:05d}"
 
 
 def save_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint; after a crash at any point it is there whole or not at all.
+    """Write a checkpoint; after a crash at any point, it is either complete or absent.
 
     Raises:
-        RunDirectoryError: the file system refused; earlier checkpoints are untouched.
+        RunDirectoryError: writing failed; earlier checkpoints are untouched.
     """
     final = checkpoint_path(run_dir, checkpoint.iteration)
     if is_complete(final):
@@ -104,35 +115,35 @@ def load_checkpoint(path: Path) -> Checkpoint:
         state = LearnerState(
             version=meta["version"],
             updates=meta["updates"],
-            adapters=_nested(learner, "adapters/"),
             optimizer=_inner(learner, "optimizer/"),
-            ema=_nested(learner, "ema/"),
-            skipped=meta.get("skipped", 0),
+            skipped=meta["skipped"],
         )
         snapshots = [
             _read_snapshot(path / f"snapshot-{i}.safetensors", facts)
             for i, facts in enumerate(meta["snapshots"])
         ]
         statistics = {k: [float(r) for r in v] for k, v in meta["prompt_statistics"].items()}
-        weights = _weights(meta.get("reward_weights", {}))
-        *earlier, evaluation = snapshots
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        weights = _weights(meta["reward_weights"])
+        average = snapshots.pop() if meta["averaged"] else None
+        if not snapshots:
+            raise ValueError("it has no snapshot of the policy")
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
-    return Checkpoint(state, tuple(earlier), evaluation, statistics, weights)
+    return Checkpoint(state, tuple(snapshots), average, statistics, weights)
 
 
 def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole; damaged ones are named in a warning and passed over."""
+    """The newest intact checkpoint; damaged ones are skipped with a warning."""
     for path in reversed(checkpoints(run_dir)):
         try:
             return load_checkpoint(path)
         except CheckpointError as error:
-            log.warning("%s; trying the one before", error)
+            log.warning("%s; trying the previous one", error)
     return None
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a checkpoint carries its marker and every file has the digest that it names."""
+    """Whether a checkpoint has its marker and every file matches its digest there."""
     try:
         digests = from_json((path / _MARKER).read_text())
         return bool(digests) and all(
@@ -144,7 +155,7 @@ def is_complete(path: Path) -> bool:
 
 
 class Whole:
-    """Which checkpoints are whole, each hashed once: again only if a file of it has changed."""
+    """Tells which checkpoints are complete; hashes one again only if a file of it has changed."""
 
     def __init__(self) -> None:
         self._known: dict[Path, tuple[Any, ...]] = {}
@@ -167,10 +178,10 @@ def _stamp(file: Path) -> tuple[int, int, int]:
 
 
 def prune(run_dir: Path, keep_last: int, whole: Callable[[Path], bool] = is_complete) -> None:
-    """Delete all but the newest `keep_last` checkpoints that are `whole`, and the best one."""
+    """Delete checkpoints that are `whole`, except the newest `keep_last` and the best one."""
     best = read_best(run_dir)
     keep = {best["iteration"]} if best else set()
-    # A damaged one does not count: it must not push out what can still be read.
+    # A damaged one does not count: it must not displace one that can still be read.
     found = [path for path in checkpoints(run_dir) if whole(path)]
     for path in found[:-keep_last]:
         if step_of(path) not in keep:
@@ -180,9 +191,9 @@ def prune(run_dir: Path, keep_last: int, whole: Callable[[Path], bool] = is_comp
 def mark_best(
     run_dir: Path, iteration: int, score: float, weights: Mapping[str, float] | None = None
 ) -> bool:
-    """Note the checkpoint of `iteration` as the best one, if its evaluation beats the noted one.
+    """Record the checkpoint of `iteration` as the best if its score beats the recorded one.
 
-    `weights` of the rewards say on which scale the score is; a score of another scale is replaced.
+    `weights` of the rewards identify the score's scale; a score on another scale is replaced.
     """
     weights, best = dict(weights or {}), read_best(run_dir)
     if not math.isfinite(score):
@@ -208,7 +219,7 @@ def read_best(run_dir: Path) -> dict[str, Any] | None:
 
 
 def forget_best(run_dir: Path) -> None:
-    """No checkpoint is the best one any more."""
+    """Delete the record of the best checkpoint."""
     _best_file(run_dir).unlink(missing_ok=True)
 
 
@@ -221,26 +232,26 @@ def _weights(found: Any) -> dict[str, float]:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """All checkpoint directories, whole or not, oldest first."""
+    """All checkpoint directories, complete or not, oldest first."""
     found = (run_dir / "checkpoints").glob("step-*")
     return sorted((path for path in found if path.name.partition("-")[2].isdigit()), key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """The number of finished iterations that a checkpoint's name says."""
+    """The number of finished iterations in a checkpoint's name."""
     return int(path.name.partition("-")[2])
 
 
 def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
     state = checkpoint.state
     learner = {f"optimizer/{key}": value for key, value in state.optimizer.items()}
-    for group, parts in (("adapters", state.adapters), ("ema", state.ema)):
-        learner |= {f"{group}/{p}/{k}": v for p, t in parts.items() for k, v in t.items()}
-    snapshots = [*checkpoint.snapshots, checkpoint.evaluation]
+    average = checkpoint.average
+    snapshots = [*checkpoint.snapshots, *([] if average is None else [average])]
     meta = {
         "version": state.version,
         "updates": state.updates,
         "skipped": state.skipped,
+        "averaged": average is not None,
         "prompt_statistics": checkpoint.prompt_statistics,
         "reward_weights": checkpoint.reward_weights,
         "snapshots": [

@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from texforce_ray.files import atomic_write_bytes
 from texforce_ray.records.captions import draw_lines, line_height, text_width, wrap
-from texforce_ray.records.files import atomic_write_bytes
 
 Pixels = NDArray[np.uint8]
 
 _GAP = 8
-_CELL = 160  # pixels that a small image is enlarged to, about
-_CELL_MAX = 256  # and a large one is reduced to
+_CELL = 160  # pixels; small images are enlarged to about this
+_CELL_MAX = 256  # pixels; large images are reduced to this
 _TITLE_LINES = 3
 _INK, _MUTED, _BEST = (28, 31, 36), (106, 112, 122), (17, 122, 61)
 _TEXT, _HEADER = 13, 17
@@ -35,12 +35,12 @@ def grid(
     """Lay images out in rows, each over its title.
 
     Args:
-        images: uint8 `[N,H,W,3]`, N >= 1. Small ones are enlarged by a whole factor to about 160
-            pixels, pixel by pixel; those above 256 are reduced to it.
+        images: uint8 `[N,H,W,3]`, N >= 1. Small ones are enlarged to about 160 pixels by an
+            integer factor, without interpolation; those above 256 are reduced to 256.
         columns: images in a row.
         titles: one per image; wrapped to the image's width, at most three lines.
         scale: multiplies the size of the images.
-        header: a line over the whole grid.
+        header: a line above the whole grid.
 
     Returns:
         uint8 `[H',W',3]`, on white.
@@ -81,21 +81,21 @@ def comparison(
     scale: int = 1,
     header: str | None = None,
 ) -> Pixels:
-    """Draw one row per policy and one column per prompt, so that policies are compared downwards.
+    """Draw one row per policy and one column per prompt, so that a column compares policies.
 
     Args:
         rows: name and images (uint8 `[N,H,W,3]`) of each policy, e.g. "base" and "tuned".
-        titles: the N prompts, over the columns.
+        titles: the N prompts, above the columns.
         scores: per policy the N scores, shown under the images, the best of a column in green.
         columns: prompts side by side; more go into further blocks below.
         scale: multiplies the size of the images.
-        header: a line over the whole picture.
+        header: a line above the whole picture.
 
     Returns:
         uint8 `[H',W',3]`, on white.
 
     Raises:
-        ValueError: the policies differ in their number of images, or titles or scores do.
+        ValueError: the numbers of images, titles and scores differ.
     """
     counts = [len(titles), *(len(images) for _, images in rows), *map(len, scores or ())]
     if not rows or len(set(counts)) != 1 or (scores is not None and len(scores) != len(rows)):

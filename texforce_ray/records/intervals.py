@@ -1,10 +1,10 @@
-"""Bootstrap intervals of mean scores, with whatever is repeated drawn again as a whole.
+"""Bootstrap intervals of mean scores, which resample groups of dependent values as a whole.
 
-Images of one prompt are alike, so they are no independent samples: where an evaluation has several
-prompts, prompts are drawn again, each with all of its images (a cluster bootstrap). Where policies
-of several training seeds are compared on the same images, seeds and prompts are drawn
-independently of each other and every chosen seed meets every chosen prompt (crossed), since a hard
-prompt is hard for all seeds.
+Images of one prompt are alike, not independent samples: if an evaluation has several prompts,
+prompts are resampled, each with all of its images (a cluster bootstrap). If policies of several
+training seeds are compared on the same images, seeds and prompts are resampled independently and
+every chosen seed is combined with every chosen prompt (crossed), since a hard prompt is hard for
+all seeds.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ _RESAMPLES = 2000
 def bootstrap_interval(
     values: np.ndarray, prompts: Sequence[str] | None = None, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile-bootstrap interval of the mean of float64 [N]; NaN is left out.
+    """95 % percentile-bootstrap interval of the mean of float64 [N]; NaN is ignored.
 
     Args:
         values: one score of each image, or differences of paired ones.
-        prompts: those of the images, N; with none, or with one alone, images are drawn again.
-        seed: of the resamples.
+        prompts: one for each of the N images; without them, or with one distinct prompt, images
+            are resampled.
+        seed: of the resampling.
     """
     return crossed_interval(values[None], prompts, seed)
 
@@ -36,7 +37,7 @@ def crossed_interval(
 ) -> tuple[float, float]:
     """95 % interval of the mean of float64 [S, N]: S training seeds on the same N images.
 
-    With one seed it says how sure the prompts are, and nothing about training again.
+    With one seed, it reflects the variation between prompts, but not between training runs.
     """
     known = ~np.isnan(values)
     if not known.any():
@@ -44,13 +45,13 @@ def crossed_interval(
     groups = _groups(prompts, known.any(axis=0))
     sums = np.stack([np.bincount(groups, row) for row in np.where(known, values, 0.0)])
     counts = np.stack([np.bincount(groups, row) for row in known.astype(float)])
-    filled = counts.any(axis=0)  # a prompt without any score is not one that could be drawn
+    filled = counts.any(axis=0)  # a prompt without any score cannot be drawn
     sums, counts = sums[:, filled], counts[:, filled]
     rng = randomness.generator(seed, randomness.BOOTSTRAP)
     seeds, drawn = (_draws(rng, size) for size in sums.shape)
     total = np.einsum("rs,sp,rp->r", seeds, sums, drawn, optimize=True)
     count = np.einsum("rs,sp,rp->r", seeds, counts, drawn, optimize=True)
-    with np.errstate(invalid="ignore"):  # nothing scored among what was drawn
+    with np.errstate(invalid="ignore"):  # a resample without any score
         low, high = np.nanpercentile(total / count, [2.5, 97.5])
     return float(low), float(high)
 

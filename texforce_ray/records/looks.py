@@ -1,4 +1,4 @@
-"""What is kept of images to compare how they look: a thumbnail and a style of each."""
+"""Compact data for comparing how images look: a thumbnail and a style of each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PAIRED = 32  # images of a prompt whose pairs are compared
 class Looks:
     """Of N images: thumbnails, uint8 [N, 16, 16, 3], and styles, float32 [N, K].
 
-    A style is the distributions of an image's colours, edges and textures, without where they are:
+    A style is the distributions of an image's colours, edges and textures, without their positions:
     quantiles of each colour channel, of the strength of edges and of the local contrast.
     """
 
@@ -61,7 +61,7 @@ class Looks:
     def style_drift(self, base: Looks) -> float:
         """Mean distance of each image's style from that of `base`'s at the same seed, 0 to 1.
 
-        The Wasserstein distance of each distribution, averaged: what only moves counts nothing.
+        The Wasserstein distance of each distribution, averaged: mere movement does not count.
         """
         return float(np.abs(self.styles - base.styles).mean())
 

@@ -29,7 +29,7 @@ class Curve:
 
     @staticmethod
     def mean(name: str, runs: Sequence[Sequence[Mapping[str, float]]]) -> Curve:
-        """The mean of several runs' points, as far as all of them go."""
+        """The mean of several runs' points, up to the end of the shortest run."""
         length = min(map(len, runs))
 
         def column(key: str) -> tuple[float, ...]:
@@ -40,7 +40,7 @@ class Curve:
         return Curve(name, iterations, column("reward"), column("drift"))
 
     def drift_at(self, reward: float) -> float | None:
-        """Drift where the reward was first reached, between evaluations by a straight line."""
+        """Drift where the reward was first reached, interpolated linearly between evaluations."""
         for index, (r, d) in enumerate(zip(self.reward, self.drift, strict=True)):
             if r >= reward:
                 if index == 0:
@@ -51,9 +51,9 @@ class Curve:
 
 
 def curve_of(name: str, metrics: Sequence[Mapping[str, Any]], reward: str = "total") -> Curve:
-    """The curve of one reward that a run's metrics hold; empty if it was not evaluated on the way.
+    """The curve of one reward in a run's metrics; empty if it was not evaluated during training.
 
-    It begins with the base model where the metrics know its reward.
+    It begins with the base model if the metrics hold its reward.
     """
     key, base = f"eval/{reward}", f"eval/base_{reward}"
     rows = [m for m in metrics if _known(m, key) and _known(m, "eval/drift")]
@@ -70,7 +70,7 @@ def curve_of(name: str, metrics: Sequence[Mapping[str, Any]], reward: str = "tot
 
 
 def shared_reward(runs: Sequence[Sequence[Mapping[str, Any]]]) -> str | None:
-    """What runs can be compared by: the total if their rewards are the same, else one they share.
+    """The reward to compare runs by: the total if their rewards are the same, else a shared one.
 
     Totals of different rewards are different quantities.
     """

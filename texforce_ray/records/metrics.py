@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from texforce_ray.errors import RunDirectoryError
-from texforce_ray.records.files import (
+from texforce_ray.files import (
     atomic_write_bytes,
     from_json,
     fsync_directory,
@@ -37,7 +37,7 @@ class MetricsLog:
         run_dir: the run directory; made if missing.
         resume_from: the iteration that the resumed run starts with. Lines of it and of later
             ones are dropped, because they will be written again.
-        trackers: who gets the same numbers and images; more may be added to `trackers` later.
+        trackers: receive the same numbers and images; more may be added to `trackers` later.
 
     A half-written last line, left by a crash, is dropped on opening.
 
@@ -58,13 +58,13 @@ class MetricsLog:
         self._open()
         tensorboard = TensorBoardLog(run_dir / "tensorboard", purge_from=resume_from)
         self.trackers: list[Tracker] = [tensorboard, *trackers]
-        self._histories = tuple(self.trackers)  # those added later show only what is going on
+        self._histories = tuple(self.trackers)  # those added later show only the live run
 
     def append(self, iteration: int, values: Mapping[str, Value]) -> None:
         """Write the line of `iteration`; it is on disk when this returns.
 
-        NaN and infinities become null, since JSON knows neither; trackers get them as they are.
-        Texts and None do not go to trackers.
+        NaN and infinities become null, since JSON has neither; trackers get them unchanged.
+        Strings and None are not sent to trackers.
 
         Raises:
             RunDirectoryError: the line could not be written; the file is left without it.
@@ -72,15 +72,15 @@ class MetricsLog:
         """
         plain = {key: _plain(key, value) for key, value in values.items()}
         self._append_line(_encoded({"iteration": int(iteration), **plain}))
-        _tell(self.trackers, plain, iteration)
+        _send(self.trackers, plain, iteration)
 
     def amend(self, iteration: int, values: Mapping[str, Value]) -> None:
-        """Add `values` to the line of `iteration`, which is written already.
+        """Add `values` to the line of `iteration`, which must already be written.
 
-        Trackers that keep what they are given, those of the constructor, get them too.
+        TensorBoard and the constructor's trackers, which keep a history, get them too.
 
         Raises:
-            RunDirectoryError: the file could not be replaced; it is as it was.
+            RunDirectoryError: the file could not be replaced; it is unchanged.
         """
         plain = {key: _plain(key, value) for key, value in values.items()}
         lines = [
@@ -92,7 +92,7 @@ class MetricsLog:
             atomic_write_bytes(self._path, b"".join(lines))
         finally:
             self._open()
-        _tell(self._histories, plain, iteration)
+        _send(self._histories, plain, iteration)
 
     def add_image(self, tag: str, image: NDArray[np.uint8], iteration: int) -> None:
         """Show `image` (uint8 `[H,W,3]`) in TensorBoard and other trackers under `tag`."""
@@ -100,7 +100,7 @@ class MetricsLog:
             tracker.add_image(tag, image, iteration)
 
     def close(self, state: State = "finished") -> None:
-        """Close the files; trackers hear how the run ended. Calling it twice does no harm."""
+        """Close the files and pass the final state to the trackers. Safe to call twice."""
         self._file.close()
         for tracker in self.trackers:
             tracker.close(state)
@@ -120,7 +120,7 @@ class MetricsLog:
         try:
             make_directory(self._path.parent)
             new = not self._path.exists()
-            # Unbuffered: a buffered file would try again to write a failed line when closed.
+            # Unbuffered: a buffered file would retry a failed line when it is closed.
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - see close()
             if new:
                 fsync_directory(self._path.parent)
@@ -132,7 +132,7 @@ class MetricsLog:
         size = os.fstat(descriptor).st_size
         try:
             rest = memoryview(line)
-            while rest:  # the system may take only a part, as when the disk is nearly full
+            while rest:  # a write may be partial, e.g. when the disk is nearly full
                 rest = rest[os.write(descriptor, rest) :]
             os.fsync(descriptor)
         except OSError as error:
@@ -160,7 +160,7 @@ def _read(path: Path) -> bytes:
         return b""
     except OSError as error:
         raise RunDirectoryError(
-            f"Cannot read {path}: {error}. Check the path and its permissions."
+            f"cannot read {path}: {error}; check the path and its permissions"
         ) from error
 
 
@@ -192,14 +192,14 @@ def _parse(path: Path, data: bytes) -> list[tuple[dict[str, Any], bytes]]:
             parsed.append((record, line))
         elif index < len(lines) - 1:
             raise RunDirectoryError(
-                f"{path}: line {index + 1} is not a metrics line: {line[:80]!r}. Only the last "
-                "line can be cut short by a crash, so something else changed this file. Remove "
-                "the line, or restore the file."
+                f"{path}: line {index + 1} is not a metrics line: {line[:80]!r}; a crash can cut "
+                "short only the last line, so something else changed this file: remove the line, "
+                "or restore the file"
             )
     return parsed
 
 
-def _tell(trackers: Sequence[Tracker], plain: Mapping[str, Value], iteration: int) -> None:
+def _send(trackers: Sequence[Tracker], plain: Mapping[str, Value], iteration: int) -> None:
     scalars = {key: float(v) for key, v in plain.items() if isinstance(v, (int, float))}
     for tracker in trackers:
         tracker.add_scalars(scalars, iteration)
@@ -212,7 +212,7 @@ def _encoded(record: Mapping[str, Value]) -> bytes:
 
 def _plain(key: str, value: Any) -> Value:
     if key == "iteration":
-        raise ValueError("the key 'iteration' is taken: it is the line's own number")
+        raise ValueError("the metric name 'iteration' is reserved for the line's own number")
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, (int, float, str)):

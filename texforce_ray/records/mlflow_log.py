@@ -17,29 +17,29 @@ from texforce_ray.errors import shareable
 from texforce_ray.records.status import State
 
 _STATES = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
-_AT_ONCE = 100  # parameters that MLflow takes in one call
-_LONGEST = 500  # characters of a parameter that every version takes
+_AT_ONCE = 100  # parameters that MLflow accepts in one call
+_LONGEST = 500  # characters of a parameter that every version accepts
 
 
 class MlflowLog:
-    """One run of an experiment, at a tracking server or in files under the run directory.
+    """One run of an experiment, on a tracking server or in files under the run directory.
 
     Args:
         settings: `track.mlflow`.
         config: its values become the run's parameters.
         run_dir: where the files go without a `uri`.
-        identity: of the run to continue; None for a new one.
+        identity: ID of the run to continue; None for a new run.
 
     Raises:
-        mlflow.MlflowException: no server, no such run.
+        mlflow.MlflowException: the server is unreachable or has no such run.
     """
 
     def __init__(
         self, settings: MlflowConfig, config: Config, run_dir: Path, identity: str | None
     ) -> None:
-        # MLflow would rather have a database; one run's few numbers are well kept in files.
+        # MLflow prefers a database, but files are enough for one run's few numbers.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        # A server that is down must not hold the run up for the default's many minutes.
+        # A server that is down must not block the run for the many minutes of the defaults.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         from mlflow.tracking import MlflowClient
@@ -81,10 +81,10 @@ class MlflowLog:
 
 
 def _allowed(name: str) -> str:
-    """A name that MLflow takes; a reward's label may hold anything.
+    """A name that MLflow accepts; a reward's label may contain anything.
 
-    ASCII that it does not take becomes `_`; other characters their number, so that two labels in
-    another script stay two. Nor may a name lead elsewhere as a path does.
+    Unsupported ASCII characters become `_`, others their code point, so that labels in other
+    scripts stay distinct. Nor may a name, used as a path, lead out of its folder.
     """
     plain = "".join(c if c.isascii() else f"_{ord(c):x}" for c in name)
     parts = re.sub(r"[^\w\-. :/]", "_", plain, flags=re.ASCII).split("/")

@@ -1,4 +1,4 @@
-"""The README.md that lies beside an exported adapter."""
+"""The model card: the README.md beside an exported adapter."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from texforce_ray.artifacts.snapshot import TEXT_ENCODERS, LoraShape
 from texforce_ray.config import Config
-from texforce_ray.model.snapshot import TEXT_ENCODERS, LoraShape
-from texforce_ray.records.files import from_json
+from texforce_ray.files import from_json
 
 _TAGS = ("text-to-image", "lora", "texforce", "reinforcement-learning")
-# What reads each file of an export; oldest versions that it was tried with.
+# What reads each exported file; versions are the oldest that were tested.
 _FILES = (
     ("pytorch_lora_weights.safetensors", "diffusers 0.31 or newer: `pipe.load_lora_weights`"),
     ("adapter_config.json", "PEFT 0.13 or newer: `PeftModel.from_pretrained`"),
-    ("adapter_model.safetensors", "the same; its weights"),
-    ("kohya.safetensors", "ComfyUI, A1111 and others that read kohya's form of a LoRA"),
+    ("adapter_model.safetensors", "the same; holds the weights"),
+    ("kohya.safetensors", "ComfyUI, A1111 and others that read LoRAs in kohya's format"),
 )
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The pipeline that an adapter belongs to, as `model` of the run's config names it."""
+    """The pipeline that an adapter belongs to, as named by `model` in the run's config."""
 
     path: str
     revision: str | None = None
@@ -38,18 +38,18 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class ModelCardInfo:
-    """What a reader of the card wants to know.
+    """The facts that a model card shows.
 
     Attributes:
         base: the pipeline that the adapter belongs to.
         shapes: rank, alpha and layers of each adapted component, by the pipeline's names.
         rewards: name and weight of each reward.
         iterations: iterations trained.
-        samples: images sampled in all.
+        samples: images sampled in total.
         settings: further settings to list.
-        drawing: what a pipeline's call must be given to draw as in training, e.g. `clip_skip`.
+        drawing: arguments that make a pipeline draw as in training, e.g. `clip_skip`.
         scores: per reward "base", "tuned", "difference", "low", "high", "images"; may be empty.
-        files: names of the exported files, those in a component's folder with it.
+        files: names of the exported files, including the component's folder if there is one.
         method: how it was trained: "PPO", or a method of direct backpropagation.
         evaluated_on: which prompts and seeds gave the scores.
     """
@@ -67,29 +67,41 @@ class ModelCardInfo:
     evaluated_on: str = "held-out prompts"
 
 
+_METHODS = {"refl": "ReFL", "draft": "DRaFT", "alignprop": "AlignProp"}
+
+
+def _method(config: Config) -> str:
+    if config.direct is not None:
+        return _METHODS[config.direct.method]
+    return str(getattr(config.objective, "target", "PPO")).rpartition(":")[2]
+
+
 def card_info(
     config: Config,
     shapes: Mapping[str, LoraShape],
     scores: Mapping[str, Mapping[str, Any]],
     files: tuple[str, ...],
 ) -> ModelCardInfo:
-    """What the card of a run's adapter says; `files`: names of those that were exported."""
-    m, unet = config.model, config.lora.unet
+    """The model card's facts for a run's adapter; `files`: names of the exported files."""
+    m, lora = config.model, config.lora
     settings: dict[str, object] = {
         "denoising steps": config.diffusion.steps,
         "guidance scale": config.diffusion.guidance_scale,
-        "guidance scale of the scores below": config.evaluation_guidance,
+        "guidance scale for the scores below": config.evaluation_guidance,
         "eta": config.diffusion.eta,
-        "eta of the scores below": config.evaluation_eta,
+        "eta for the scores below": config.evaluation_eta,
         "learning rate": config.optimizer.lr,
     }
-    if unet is not None and unet.lr is not None:
-        settings["learning rate of the U-Net"] = unet.lr
-    if config.lora.init is not None:
-        settings["started from the adapter"] = config.lora.init
-    if config.direct is None:
+    parts = {"text encoder": lora.text_encoder, "U-Net": lora.denoiser}
+    if lora.text_encoder_2 != "same":
+        parts["second text encoder"] = lora.text_encoder_2
+    for name, adapter in parts.items():
+        if adapter is not None and adapter.lr is not None:
+            settings[f"learning rate of the {name}"] = adapter.lr
+    if lora.init is not None:
+        settings["started from the adapter"] = lora.init
+    if config.objective.kind == "ppo":
         settings |= {"clip range": config.ppo.clip_range, "advantage": config.advantage.mode}
-    names = {"refl": "ReFL", "draft": "DRaFT", "alignprop": "AlignProp"}
     return ModelCardInfo(
         base=BaseModel(
             m.path, m.revision, m.variant, m.unet, m.unet_adapters, m.single_file_config
@@ -106,8 +118,8 @@ def card_info(
             for name in ("height", "width", "clip_skip", "negative_prompt")
             if (value := getattr(config.diffusion, name)) is not None
         },
-        method="PPO" if config.direct is None else names[config.direct.method],
-        evaluated_on="prompts of their own, with seeds never trained on"
+        method=_method(config),
+        evaluated_on="separate evaluation prompts, with seeds never trained on"
         if config.eval.prompts
         else "the training prompts, with seeds never trained on",
     )
@@ -128,7 +140,7 @@ def model_card(info: ModelCardInfo) -> str:
 
 def _front_matter(info: ModelCardInfo) -> str:
     lines = ["---", "library_name: peft", "pipeline_tag: text-to-image"]
-    # The hub refuses a card whose base_model is a path; the text below names it anyway.
+    # The hub rejects a card whose base_model is a path; the text below names it anyway.
     if info.base.path != "embedded" and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", info.base.path):
         lines.append(f"base_model: {json.dumps(info.base.path)}")  # JSON strings are YAML
     xl = TEXT_ENCODERS[1] in info.shapes
@@ -151,7 +163,7 @@ def _summary(info: ModelCardInfo) -> str:
         merged = ", ".join(_inline(path) for path in info.base.unet_adapters)
         text += (
             f" It was trained with these LoRAs merged into the U-Net: {merged}. Merge them first "
-            "to see the images that it was trained on; the code below does not."
+            "to see the images that it was trained on; the code below does not do this."
         )
     return text
 
@@ -169,9 +181,9 @@ def _usage(info: ModelCardInfo) -> str:
     load = "pipe.load_lora_weights(adapter)"
     last = [draw]
     if "clip_skip" in info.drawing and TEXT_ENCODERS[1] not in info.shapes:
-        # diffusers 0.42 and older look for it where transformers 5.6 and newer have it no more.
+        # diffusers 0.42 and older look for an attribute that transformers 5.6 and newer lack.
         last = [
-            'if not hasattr(pipe.text_encoder, "text_model"):  # clip_skip beside transformers 5.6',
+            'if not hasattr(pipe.text_encoder, "text_model"):  # clip_skip with transformers 5.6',
             '    pipe.text_encoder.__dict__["text_model"] = pipe.text_encoder',
             draw,
         ]
@@ -180,14 +192,14 @@ def _usage(info: ModelCardInfo) -> str:
             "## Use",
             "With diffusers:",
             _python(*imports, "", *opening, load, *last),
-            "With PEFT, for example to merge or to train on:",
+            "With PEFT, for example to merge it or to continue training:",
             _python(*imports, "from peft import PeftModel", "", *opening, *attach, *last),
         )
     )
 
 
 def _opening(base: BaseModel) -> tuple[list[str], list[str]]:
-    """Imports, and what loads the pipeline that the adapter was trained on."""
+    """Imports, and the lines that load the pipeline that the adapter was trained on."""
     imports, lines = ["from diffusers import DiffusionPipeline"], []
     kind, method, given = "DiffusionPipeline", "from_pretrained", [json.dumps(base.path)]
     if base.single_file_config is not None:
@@ -195,7 +207,7 @@ def _opening(base: BaseModel) -> tuple[list[str], list[str]]:
         imports = [f"from diffusers import {kind}"]
         given.append(f"config={json.dumps(base.single_file_config)}")
     if base.path == "embedded":
-        imports.append("from texforce_ray.model.location import locate_model")
+        imports.append("from texforce_ray.artifacts.location import locate_model")
         given = ['locate_model("embedded")']
     for name in ("revision", "variant"):
         if value := getattr(base, name):
@@ -212,7 +224,7 @@ def _opening(base: BaseModel) -> tuple[list[str], list[str]]:
 
 
 def _pipeline_class(folder: Path) -> str:
-    """The class that a pipeline's directory names; single files are loaded by it."""
+    """The class named in a pipeline's directory, which loads single files."""
     try:
         found = from_json((folder.expanduser() / "model_index.json").read_text())["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -258,8 +270,8 @@ def _scores(info: ModelCardInfo) -> str:
         cells = (_inline(name), *shown, interval, _number(score.get("images")))
         lines.append(f"| {' | '.join(cells)} |")
     where = (
-        f"On {_inline(info.evaluated_on)}. Intervals draw prompts again, each with all of its "
-        "images, or images where each prompt has one."
+        f"On {_inline(info.evaluated_on)}. Intervals are bootstraps over prompts, each with all "
+        "of its images, or over images if all have one prompt."
     )
     return f"## Scores\n\n{where}\n\n" + "\n".join(lines)
 
@@ -269,7 +281,7 @@ def _python(*lines: str) -> str:
 
 
 def _inline(value: object) -> str:
-    """Return `value` in one line that Markdown and HTML leave as it is."""
+    """Return `value` as one line, escaped for Markdown and HTML."""
     text = " ".join(str(value).split())
     return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", text)
 

@@ -1,4 +1,4 @@
-"""Several runs on one page: curves over each other, appearance at matched reward, side by side."""
+"""Several runs on one page: overlaid curves, appearance at matched reward, images side by side."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from urllib.parse import quote
 
 from texforce_ray.errors import RunDirectoryError
+from texforce_ray.files import atomic_write_text
 from texforce_ray.records.charts import Series, line_chart, path_chart
-from texforce_ray.records.files import atomic_write_text
 from texforce_ray.records.matched import Curve, curve_of, matched_reward, shared_reward
 from texforce_ray.records.metrics import read_metrics
 from texforce_ray.records.page import PAGE
 from texforce_ray.records.report import Metrics, number, step_of, strip_row, values
 
-# Keys that two runs are compared by, with their charts' titles; the others differ by run.
+# Keys to compare runs by, with their charts' titles; the other keys differ from run to run.
 _CHARTS = {
     "reward/total_mean": "Reward",
     "eval/total": "Evaluation reward",
@@ -37,7 +37,7 @@ class _Run:
     label: str
     path: Path
     metrics: Metrics
-    reward: str  # that all runs of the page have
+    reward: str  # shared by all runs of the page
 
     @property
     def curve(self) -> Curve:
@@ -55,7 +55,9 @@ def write_overlay(run_dirs: Sequence[Path], out: Path) -> Path:
     parts = zip(labels(run_dirs), run_dirs, metrics, strict=True)
     runs = [_Run(label, path, found, reward) for label, path, found in parts]
     if empty := [str(run.path) for run in runs if not run.metrics]:
-        raise RunDirectoryError(f"no metrics in {', '.join(empty)}: no run, or one not begun")
+        raise RunDirectoryError(
+            f"no metrics in {', '.join(empty)}: not a run, or no iteration is finished yet"
+        )
     body = [_table(runs), _matched(runs), _charts(runs), _ends(runs), _links(runs, out)]
     page = PAGE.replace("{title}", escape(" · ".join(run.label for run in runs)))
     atomic_write_text(out, page.replace("{body}", "".join(body)))
@@ -63,7 +65,7 @@ def write_overlay(run_dirs: Sequence[Path], out: Path) -> Path:
 
 
 def labels(run_dirs: Sequence[Path]) -> list[str]:
-    """Short names that differ: as many of each path's last parts as it takes."""
+    """Short, distinct names: as many of each path's last parts as needed."""
     parts = [path.resolve().parts for path in run_dirs]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-count:]) for p in parts]
@@ -92,7 +94,7 @@ def _table(runs: Sequence[_Run]) -> str:
 
 
 def _matched(runs: Sequence[_Run]) -> str:
-    """Claim (b) of the paper: at the same reward, who has changed the images more?"""
+    """Claim (b) of the paper: at the same reward, which run has changed the images more?"""
     curves = [run.curve for run in runs]
     reward = matched_reward(curves)
     if reward is None or len(runs) < 2:
@@ -106,7 +108,7 @@ def _matched(runs: Sequence[_Run]) -> str:
     return (
         f"<section><h2>At matched reward ({escape(runs[0].reward)} {number(reward)})</h2>"
         '<div class="wide"><table><tr><th>Run</th><th>Drift from the base model</th>'
-        f"<th>First evaluation there, after iterations</th></tr>{''.join(rows)}</table></div>"
+        f"<th>Iterations at first evaluation there</th></tr>{''.join(rows)}</table></div>"
         f"{f'<div class=strip>{shown}</div>' if shown else ''}</section>"
     )
 

@@ -1,4 +1,4 @@
-"""The frame of `report.html`: its head, its style for light and dark, and where the body goes."""
+"""The template of `report.html`: head, styles for light and dark mode, and a slot for the body."""
 
 from __future__ import annotations
 

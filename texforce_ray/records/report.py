@@ -1,4 +1,4 @@
-"""`report.html`: one page about a run, without JavaScript or anything from outside the file."""
+"""`report.html`: one self-contained page about a run, without JavaScript."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 from urllib.parse import quote
 
 from texforce_ray.errors import shareable_yaml
+from texforce_ray.files import atomic_write_text, from_json
 from texforce_ray.records.charts import Series, line_chart, path_chart, stacked_bars
-from texforce_ray.records.files import atomic_write_text, from_json
 from texforce_ray.records.matched import curve_of
 from texforce_ray.records.metrics import read_metrics
 from texforce_ray.records.page import PAGE
@@ -24,9 +24,9 @@ _STRIP = 12
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
-    """Build `report.html` (or `out`) from what lies in `run_dir` and return its path.
+    """Build `report.html` (or `out`) from the files in `run_dir` and return its path.
 
-    Whatever is missing leaves its section out, so it works during a run and after a crash.
+    Sections without data are left out, so it also works during a run and after a crash.
 
     Raises:
         RunDirectoryError: the page cannot be written, or `metrics.jsonl` is damaged.
@@ -79,12 +79,12 @@ def _charts(metrics: Metrics) -> str:
     charts = [
         line_chart("Reward", [one("reward/total_mean", "reward/total_std")], note=_band_note(keys)),
         line_chart("Reward components", [one(key) for key in components], note="raw values"),
-        # A component near 1 decides the total alone, one near 0 is drowned by the others.
+        # A component near 1 decides the total alone, one near 0 is drowned out by the others.
         line_chart("Correlation with the total", [one(key) for key in rewards("_correlation")]),
         line_chart("Masked and gated", [one(k) for k in rewards("masked") + rewards("_gated")]),
         *(line_chart(key, [one(key)]) for key in keys if key in _evaluations(keys)),
         _drift_chart(metrics),
-        line_chart("Reward as differentiated", [one("direct/reward")]),
+        line_chart("Differentiable reward", [one("direct/reward")]),
         line_chart("Approximate KL", [one("ppo/approx_kl")]),
         line_chart("KL to the base model", [one("ppo/kl_base")]),
         line_chart("Clipped fraction", [one("ppo/clipfrac")], zero=True),
@@ -102,7 +102,7 @@ def _charts(metrics: Metrics) -> str:
 
 
 def _evaluations(keys: Sequence[str]) -> list[str]:
-    # With one reward its mean is the total; the base model's is where the drift's curve starts.
+    # With one reward, its mean is the total. The base model's score starts the drift curve.
     single = len([k for k in keys if k.startswith("reward/") and k.endswith("_mean")]) <= 2
     chosen = [k for k in keys if k.startswith("eval/") and not k.startswith("eval/base_")]
     return [key for key in chosen if not (single and key == "eval/total")]
@@ -136,7 +136,7 @@ def _time_shares(metrics: Metrics, keys: Sequence[str]) -> str:
 
 
 def _series(metrics: Metrics, key: str, name: str, spread: str) -> Series:
-    # Only the records that have the key: what is evaluated every 10 iterations is still a line.
+    # Only records that have the key, so that evaluations every 10 iterations still form a line.
     rows = [record for record in metrics if key in record]
     band = values(rows, spread) if spread and any(spread in record for record in rows) else None
     return Series(name, [record["iteration"] for record in rows], values(rows, key), band)
@@ -201,7 +201,7 @@ def _score_table(rewards: Mapping[str, Any]) -> str:
 def _score_row(name: str, scores: dict[str, Any]) -> str:
     low, high = scores.get("low"), scores.get("high")
     difference = finite(scores.get("difference"))
-    # Coloured only if the interval leaves 0 out: else the sign is not known.
+    # Coloured only if the interval excludes 0; otherwise the sign is uncertain.
     sure = (finite(low) or 0) > 0 or (finite(high) or 0) < 0
     kind = ("" if not sure else "up" if (difference or 0) > 0 else "down") if difference else ""
     signed = "-" if difference is None else f"{difference:+.4g}"
@@ -286,6 +286,6 @@ def _config(path: Path) -> str:
 
 
 def number(value: Any) -> str:
-    """Four digits, or a dash for what is no number."""
+    """Four significant digits, or a dash if it is not a finite number."""
     known = finite(value)
     return "-" if known is None else f"{known:.4g}"

@@ -1,6 +1,6 @@
-"""Weights of rewards that are changed on resume: nothing of the old scale meets the new one.
+"""Reward weights changed on resume: values on the old scale must not mix with those on the new.
 
-A total is a weighted sum, so totals from before a change cannot be compared with those after it:
+A total is a weighted sum, so totals from before a change are not comparable with later ones:
 neither a prompt's remembered totals, nor the best evaluation so far, nor the reward's curve.
 """
 
@@ -10,19 +10,19 @@ import re
 from pathlib import Path
 
 from texforce_ray.config import Config
+from texforce_ray.files import from_json
 from texforce_ray.records.checkpoint import Checkpoint, forget_best, read_best
-from texforce_ray.records.files import from_json
 
 _WEIGHT = re.compile(r"rewards\.\d+\.weight")
 
 
 def reward_weights(config: Config) -> dict[str, float]:
-    """Weight of each reward: two totals can be compared if these are equal."""
+    """Weight of each reward; two totals are comparable if these are equal."""
     return {reward.key: reward.weight for reward in config.rewards}
 
 
 def last_change(run_dir: Path) -> int:
-    """Finished iterations when a weight was last changed; 0 if none ever was."""
+    """Number of finished iterations at the last weight change; 0 if there was none."""
     try:
         lines = [from_json(line) for line in (run_dir / "changes.jsonl").read_text().splitlines()]
         found = [int(x["after_iteration"]) for x in lines if _WEIGHT.fullmatch(str(x["key"]))]
@@ -34,30 +34,25 @@ def last_change(run_dir: Path) -> int:
 def drop_old_totals(
     run_dir: Path, config: Config, checkpoint: Checkpoint
 ) -> tuple[dict[str, list[float]], list[str]]:
-    """What of a resumed run's totals still holds, after its changes have been recorded.
+    """Drop a resumed run's totals on the old scale. Its changes must already be recorded.
 
     Returns:
-        The prompts' remembered totals, and a message about each thing that was dropped.
+        The remembered totals that still apply, and a message about each thing dropped.
     """
-    weights, changed = reward_weights(config), last_change(run_dir)
-
-    def old(stored: dict[str, float], iteration: int) -> bool:
-        # Files of versions that did not store weights: what the record of changes says.
-        return stored != weights if stored else changed > 0 and iteration <= changed
-
-    remembered, said = checkpoint.prompt_statistics, []
-    if remembered and old(checkpoint.reward_weights, checkpoint.iteration):
-        said.append(
-            "rewards' weights have changed: the remembered totals of "
-            f"{len(remembered)} prompts are on the old scale and are dropped; advantages start "
-            "from the batch's statistics again"
+    weights = reward_weights(config)
+    remembered, messages = checkpoint.prompt_statistics, []
+    if remembered and checkpoint.reward_weights != weights:
+        messages.append(
+            "reward weights have changed: dropping the remembered totals of "
+            f"{len(remembered)} prompts, which are on the old scale; advantages start from the "
+            "batch's statistics again"
         )
         remembered = {}
     best = read_best(run_dir)
-    if best and old(best["weights"], best["iteration"]):
-        said.append(
-            f"rewards' weights have changed: the best evaluation so far (iteration "
+    if best and best["weights"] != weights:
+        messages.append(
+            f"reward weights have changed: the best evaluation so far (iteration "
             f"{best['iteration']}, {best['score']:.3f}) is on the old scale and no longer counts"
         )
         forget_best(run_dir)
-    return remembered, said
+    return remembered, messages

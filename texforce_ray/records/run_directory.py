@@ -15,22 +15,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from texforce_ray.config import Config, safe_paths
-from texforce_ray.config_io import load_config, to_yaml
-from texforce_ray.errors import ConfigError, RunDirectoryError
-from texforce_ray.model.location import recorded_name
-from texforce_ray.records.files import (
+from texforce_ray.artifacts.location import recorded_name
+from texforce_ray.config import Config, recorded_paths
+from texforce_ray.config.io import load_config, to_yaml
+from texforce_ray.errors import ConfigError, MovedKeysError, RunDirectoryError
+from texforce_ray.files import (
     atomic_write_bytes,
     atomic_write_text,
     check_writable,
     from_json,
-    to_json,
 )
-from texforce_ray.records.images import comparison, grid, save_png
+from texforce_ray.records.images import grid, save_png
 from texforce_ray.records.metrics import MetricsLog
 from texforce_ray.records.model_card import ModelCardInfo, model_card
 from texforce_ray.records.report import write_report
-from texforce_ray.records.samples import read_samples, samples_path, to_parquet, write_samples
+from texforce_ray.records.samples import read_samples, samples_path
 from texforce_ray.records.status import State, outcome
 from texforce_ray.records.tracking import open_trackers
 
@@ -53,10 +52,10 @@ class RunDirectory:
         """Start a new run's directory.
 
         Raises:
-            RunDirectoryError: not writable, in use, or there is a run already.
+            RunDirectoryError: not writable, in use, or already holds a run.
         """
         path = Path(config.run_dir)
-        # os.path: Path.exists() raises where a name is too long, which is reported below.
+        # os.path: Path.exists() raises if a name is too long, which is reported below.
         if any(os.path.exists(path / n) for n in ("metrics.jsonl", "samples", "checkpoints")):
             raise RunDirectoryError(
                 f"{path} already holds a run; continue it with --resume {path}, or choose another "
@@ -69,7 +68,7 @@ class RunDirectory:
     def reopen(
         config: Config, start: int, changes: Mapping[str, tuple[Any, Any]] | None = None
     ) -> RunDirectory:
-        """Continue a run's directory after `start` iterations; `changes` of settings are kept.
+        """Continue a run's directory after `start` iterations and record `changes` of settings.
 
         Raises:
             RunDirectoryError: not writable, or in use.
@@ -89,39 +88,35 @@ class RunDirectory:
         return directory
 
     def _show_grid_again(self, version: int) -> None:
-        """To TensorBoard, which hides what older files hold of this step and of later ones."""
+        """Send it to TensorBoard again, which hides this and later steps of older event files."""
         picture = self.path / "images" / f"step-{version:05d}.png"
         if version and picture.is_file():
             try:
                 with Image.open(picture) as image:
                     self.metrics.trackers[0].add_image(_GRID, np.array(image), version)
             except (OSError, SyntaxError, ValueError) as error:
-                log.warning("TensorBoard has no grid of version %d: %s", version, error)
+                log.warning("cannot show the grid of version %d in TensorBoard: %s", version, error)
 
     def recorded_mask(self, iteration: int, seeds: np.ndarray) -> np.ndarray:
-        """bool [N], False for samples that an earlier attempt at this iteration masked for good."""
+        """bool [N], False for samples masked for good by an earlier attempt at this iteration."""
         path = samples_path(self.path, iteration)
         if not path.exists():
             return np.ones(len(seeds), dtype=bool)
         try:
             columns = read_samples(path)
         except (RunDirectoryError, KeyError) as error:
-            log.warning("%s is damaged and will be written again: %s", path, error)
+            log.warning("%s is damaged and will be rewritten: %s", path, error)
             return np.ones(len(seeds), dtype=bool)
         if not np.array_equal(columns["seed"], seeds):
             return np.ones(len(seeds), dtype=bool)
         return ~np.array(columns["masked"], dtype=bool)
 
-    def write_samples(self, iteration: int, columns: Mapping[str, Any]) -> None:
-        """samples/iteration-00012.parquet: one row per sample."""
-        write_samples(self.path, iteration, dict(columns))
-
     def write_grid(
         self, version: int, images: np.ndarray, prompts: Sequence[str], scores: np.ndarray
     ) -> None:
-        """images/step-00012.png: the same prompts and seeds for every version.
+        """Write images/step-00012.png: the same prompts and seeds for every version.
 
-        And row-00012.png, its first images alone, for the strip over training.
+        Also writes row-00012.png, its first images alone, for the report's strip over training.
         """
         titles = [f"{prompt} ({score:.2f})" for prompt, score in zip(prompts, scores, strict=True)]
         columns = min(8, len(images))
@@ -131,7 +126,7 @@ class RunDirectory:
         self.metrics.add_image(_GRID, picture, version)
 
     def write_adapter(self, files: Mapping[str, bytes], card: ModelCardInfo) -> Path:
-        """adapter/: the exported files and a model card."""
+        """Write adapter/: the exported files and a model card."""
         folder = self.path / "adapter"
         for name, data in files.items():
             atomic_write_bytes(folder / name, data)
@@ -139,7 +134,7 @@ class RunDirectory:
         return folder
 
     def report(self) -> Path:
-        """report.html, from what lies in the directory."""
+        """Write report.html from the directory's files."""
         return write_report(self.path)
 
     def close(self, state: State = "finished") -> None:
@@ -164,12 +159,12 @@ def _open(config: Config, start: int, files: Mapping[str, str]) -> RunDirectory:
             atomic_write_text(path / name, text)
         return RunDirectory(config, lock, start)
     except BaseException:
-        os.close(lock)  # a notebook's process lives on and may try again
+        os.close(lock)  # in a notebook, the process survives and may try again
         raise
 
 
 def _sweep(path: Path) -> None:
-    """Remove what a killed process had begun to write: whole files never have such names."""
+    """Remove half-written files of a killed process; complete files never have such names."""
     for stale in path.rglob(".*.tmp"):
         if stale.is_dir():
             shutil.rmtree(stale, ignore_errors=True)
@@ -187,39 +182,31 @@ def _acquire(path: Path) -> int:
         raise RunDirectoryError(
             f"{path} is being written by another run; wait for it to end, or choose another run_dir"
         ) from None
-    except OSError as error:  # file systems without locks: the run matters more
-        log.warning("cannot lock %s (%s): start no second run in it", path, error)
+    except OSError as error:  # a file system without locks must not stop the run
+        log.warning("cannot lock %s (%s); do not start a second run in it", path, error)
     return descriptor
 
 
-def write_evaluation(
-    folder: Path,
-    summary: Mapping[str, Any],
-    columns: Mapping[str, Any],
-    rows: Sequence[tuple[str, np.ndarray]],
-    titles: Sequence[str],
-    scores: Sequence[Sequence[float]],
-) -> None:
-    """Write an evaluation's summary.json, samples.parquet and comparison.png into `folder`."""
-    atomic_write_text(folder / "summary.json", to_json(summary, indent=2) + "\n")
-    atomic_write_bytes(folder / "samples.parquet", to_parquet(columns))
-    save_png(folder / "comparison.png", comparison(rows, titles, scores=scores))
-
-
 def read_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of an existing run, with placement fields overridden.
+    """The configuration of an existing run, with `free` fields overridden.
 
     Raises:
-        RunDirectoryError: not a run.
-        ConfigError: an override changes what affects the result.
+        RunDirectoryError: not a run, or an override changes a result-affecting field.
+        ConfigError: an override is invalid.
     """
     file = run_dir / "config.yaml"
     if not file.is_file():
         raise RunDirectoryError(f"{run_dir} is not a run: it holds no config.yaml")
     try:
         before = load_config(file, stored=True)
+    except MovedKeysError as error:
+        raise RunDirectoryError(
+            f"{run_dir} was made by an earlier version and cannot be continued or evaluated as a "
+            f"run; its adapter can: lora.init={run_dir / 'adapter'} starts a new run from it; "
+            f"in detail, {error}"
+        ) from None
     except ConfigError as error:
-        raise RunDirectoryError(f"{file} is damaged or of another version: {error}") from None
+        raise RunDirectoryError(f"{file} is damaged or from another version: {error}") from None
     own = {"run_dir": str(run_dir.absolute())}
     now = load_config(file, overrides, plain=own, stored=True)
     check_same(before, now, run_dir)
@@ -229,7 +216,7 @@ def read_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
 def check_resumable(config: Config, prompts_digest: str) -> dict[str, tuple[Any, Any]]:
     """Raise RunDirectoryError unless `config.run_dir` is a run of the same config and prompts.
 
-    Returns the fields that are changed all the same, as they may be: old and new values.
+    Returns the fields that differ but may change: old and new values.
     """
     path = Path(config.run_dir)
     changes = check_same(read_config(path), config, path)
@@ -237,7 +224,7 @@ def check_resumable(config: Config, prompts_digest: str) -> dict[str, tuple[Any,
         before = from_json((path / "inputs.json").read_text())
         prompts, base = before["prompts"], before.get("base")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return changes  # damaged: the config has been compared
+        return changes  # damaged: comparing the config has to be enough
     if base != _base(config):
         raise RunDirectoryError(
             f"{path} was trained on an earlier version of the embedded pipeline, whose weights "
@@ -247,13 +234,13 @@ def check_resumable(config: Config, prompts_digest: str) -> dict[str, tuple[Any,
     if prompts != prompts_digest:
         raise RunDirectoryError(
             f"the prompts of {path} have changed since it started (prompts.train or eval.prompts); "
-            "put the old file back, or start a new run"
+            "restore the old file, or start a new run"
         )
     return changes
 
 
 def _base(config: Config) -> str | None:
-    """Which weights 'embedded' stands for; other models are known by their path alone."""
+    """Which weights 'embedded' stands for; other models are identified by their path alone."""
     return recorded_name("embedded") if config.model.path == "embedded" else None
 
 
@@ -266,18 +253,18 @@ def check_same(before: Config, now: Config, run_dir: Path) -> dict[str, tuple[An
     """Changes of fields that may change: key to old and new value.
 
     Raises:
-        RunDirectoryError: names the other result-affecting fields in which the configs differ.
+        RunDirectoryError: other result-affecting fields differ; names them.
     """
-    old, new = _flat(before.placement_free()), _flat(now.placement_free())
+    old, new = _flat(before.fixed()), _flat(now.fixed())
     different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    allowed = safe_paths()
+    allowed = recorded_paths()
     changes = {key: (old.get(key), new.get(key)) for key in different if _plain(key) in allowed}
     if wrong := [key for key in different if key not in changes]:
         lines = [f"  {key}: was {old.get(key)!r}, now {new.get(key)!r}" for key in wrong]
         raise RunDirectoryError(
             "\n".join(
                 [
-                    f"{run_dir} is a run of another configuration; to resume it, keep:",
+                    f"{run_dir} was started with another configuration; to resume it, keep:",
                     *lines,
                     f"(these may change: {', '.join(sorted(allowed))})",
                 ]

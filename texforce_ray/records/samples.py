@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from texforce_ray.errors import RunDirectoryError
-from texforce_ray.records.files import atomic_write_bytes
+from texforce_ray.files import atomic_write_bytes
 
 Column = NDArray[Any] | list[Any]
 
 
 def samples_path(run_dir: Path, iteration: int) -> Path:
-    """Return where the samples of `iteration` lie, e.g. `samples/iteration-00012.parquet`."""
+    """Return the path of the samples of `iteration`, e.g. `samples/iteration-00012.parquet`."""
     return Path(run_dir) / "samples" / f"iteration-{iteration:05d}.parquet"
 
 
@@ -52,7 +52,7 @@ def to_parquet(columns: Mapping[str, Column]) -> bytes:
     """
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"sample columns must be of one length, got {lengths}")
+        raise ValueError(f"sample columns must have the same length, got {lengths}")
     table = pa.table({name: _arrow(column) for name, column in columns.items()})
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
@@ -70,7 +70,7 @@ def read_samples(path: Path) -> dict[str, list[Any]]:
         return {name: table.column(name).to_pylist() for name in table.column_names}
     except (OSError, ValueError, pa.ArrowException) as error:
         raise RunDirectoryError(
-            f"Cannot read samples from {path}: {error}. Give a file of the run's samples/ folder."
+            f"cannot read samples from {path}: {error}; give a file from the run's samples/ folder"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""`status.json`: what a run is doing now. Written by its driver, read by whoever wants to know."""
+"""`status.json`: live run status, written by the driver and read by any process."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from texforce_ray.errors import Interrupted, RunDirectoryError
-from texforce_ray.records.files import from_json, to_json
+from texforce_ray.files import from_json, to_json
 
 FILE_NAME = "status.json"
 PERIOD_S = 2.0
-STALE_S = 30.0  # a driver that is busy with a report or a slow disk may be late by some seconds
+STALE_S = 30.0  # a driver that is busy with a report or a slow disk may be some seconds late
 
 State: TypeAlias = Literal["starting", "running", "finished", "failed", "interrupted"]
 ENDED = ("finished", "failed", "interrupted")
@@ -26,25 +26,25 @@ log = logging.getLogger(__name__)
 
 
 def outcome(error: BaseException | None) -> State:
-    """How a run ended that `error` ended, if anything did."""
+    """The final state of a run that ended with `error`, or without one."""
     if error is None:
         return "finished"
     return "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
 
 
 class StatusFile:
-    """Replaces the file as a whole each time; for readers, not for recovery: it is not synced.
+    """Replaces the whole file on each write. It serves readers, not recovery: it is not synced.
 
-    It never stops a run: a full disk costs the file alone.
+    It never stops a run: if the disk is full, only the status is lost.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self._path = Path(run_dir) / FILE_NAME
-        self._lock = threading.Lock()  # the last write must be the last one, whoever is slow
+        self._lock = threading.Lock()  # a slow thread must not overwrite the final status
         self._closed = False
 
     def write(self, status: Mapping[str, Any], *, last: bool = False) -> None:
-        """Write it; after the `last` one, nothing more."""
+        """Write the status; writes after the `last` one are ignored."""
         whole = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -65,9 +65,9 @@ class StatusFile:
 
 @dataclass(frozen=True)
 class Status:
-    """What the file said, and whether its driver is still there.
+    """The file's content, and whether its driver is still running.
 
-    age: seconds since it was written; gone: why to think that nobody writes it any more, or "".
+    age: seconds since it was written; gone: why its driver seems to have stopped, or "".
     """
 
     values: dict[str, Any]
@@ -100,12 +100,12 @@ def read_status(run_dir: Path) -> Status | None:
 
 
 def _gone(values: Mapping[str, Any], age: float) -> str:
-    """Why nobody writes the file any more although its run has not ended; or ""."""
+    """Why the driver seems to have stopped although its run has not ended; or ""."""
     if values.get("state") in ENDED:
         return ""
     driver = f"its driver (pid {values.get('pid')} on {values.get('host')})"
     if values.get("host") == socket.gethostname() and not _alive(values.get("pid")):
-        return f"{driver} is gone without having said goodbye"
+        return f"{driver} exited without writing a final status"
     return f"{driver} has not written for {age:.0f} s" if age > STALE_S else ""
 
 

@@ -75,7 +75,7 @@ class TensorBoardLog:
         self._write_summary(summary_pb2.Summary(value=[value]), iteration)
 
     def close(self, state: str = "finished") -> None:  # noqa: ARG002 - as every tracker
-        """Close the file. Calling it twice does no harm."""
+        """Close the file. Safe to call twice."""
         if self._records is not None:
             records, self._records = self._records, None
             try:
@@ -106,8 +106,8 @@ class TensorBoardLog:
 
     def _give_up(self, error: OSError) -> None:
         _log.warning(
-            "Cannot write TensorBoard events in %s: %s. The run goes on without them; "
-            "metrics.jsonl has the same numbers.",
+            "cannot write TensorBoard events in %s: %s; the run continues without them "
+            "(metrics.jsonl holds the same numbers)",
             self._directory,
             error,
         )

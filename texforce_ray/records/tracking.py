@@ -1,6 +1,6 @@
 """Trackers: where an iteration's numbers and the grids go besides the run directory's own files.
 
-All get the same names. A tracker that fails never stops a run.
+All use the same metric names. A tracker that fails never stops a run.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from numpy.typing import NDArray
 
 from texforce_ray.config import Config, TrackConfig
 from texforce_ray.errors import ConfigError
-from texforce_ray.records.files import atomic_write_text, from_json
+from texforce_ray.files import atomic_write_text, from_json
 from texforce_ray.records.status import State
 
 log = logging.getLogger(__name__)
 
-FILE_NAME = "trackers.json"  # which runs of theirs are this run: a resumed one continues them
+FILE_NAME = "trackers.json"  # the trackers' IDs for this run, which a resumed run continues
 
 
 class Tracker(Protocol):
     """Takes what a run reports. `iteration` counts from 0, as in `metrics.jsonl`."""
 
     def add_scalars(self, values: Mapping[str, float], iteration: int) -> None:
-        """All numbers of an iteration; NaN where there is none."""
+        """All numbers of an iteration; NaN where one is missing."""
 
     def add_image(self, tag: str, image: NDArray[np.uint8], iteration: int) -> None:
         """An image, uint8 `[H,W,3]`."""
 
     def close(self, state: State = "finished") -> None:
-        """The run has ended so."""
+        """The run has ended with `state`."""
 
 
 class Guarded:
-    """A tracker that never stops a run: at its first failure a warning is logged, then it is left.
+    """A tracker that never stops a run: its first failure logs a warning and disables it.
 
-    `make` opens the tracker; what it raises is such a failure too.
+    `make` opens the tracker; an exception there counts as a failure too.
     """
 
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
@@ -49,7 +49,7 @@ class Guarded:
         self._tracker: Tracker | None = None
         try:
             self._tracker = make()
-        except Exception as error:  # others' code, networks, servers: anything may come
+        except Exception as error:  # third-party code, networks, servers: anything may be raised
             self._give_up(error)
 
     def add_scalars(self, values: Mapping[str, float], iteration: int) -> None:
@@ -59,7 +59,7 @@ class Guarded:
         self._attempt(lambda tracker: tracker.add_image(tag, image, iteration))
 
     def close(self, state: State = "finished") -> None:
-        """Close it; twice does no harm."""
+        """Close it. Safe to call twice."""
         self._attempt(lambda tracker: tracker.close(state))
         self._tracker = None
 
@@ -74,7 +74,7 @@ class Guarded:
     def _give_up(self, error: Exception) -> None:
         self._tracker = None
         log.warning(
-            "%s: %s: %s. The run goes on without it; metrics.jsonl and images/ have the same.",
+            "%s: %s: %s; the run continues without it (metrics.jsonl and images/ hold the same)",
             self._name,
             type(error).__name__,
             error,
@@ -82,7 +82,7 @@ class Guarded:
 
 
 def check_trackers(track: TrackConfig) -> None:
-    """Fail before anything starts if a tracker that is asked for cannot work.
+    """Fail before anything starts if a configured tracker cannot work.
 
     Raises:
         ConfigError: naming the key and what is missing.
@@ -103,7 +103,7 @@ def check_trackers(track: TrackConfig) -> None:
 
 
 def open_trackers(config: Config, run_dir: Path) -> list[Guarded]:
-    """Those that the config asks for; in a run that is resumed, the runs that they had begun."""
+    """The configured trackers; in a resumed run, they continue their earlier runs."""
     known = _read(run_dir)
 
     def remember(name: str, identity: str) -> None:
@@ -139,6 +139,6 @@ def _read(run_dir: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        log.warning("%s is damaged: trackers begin new runs (%s)", path, error)
+        log.warning("%s is damaged, so trackers start new runs: %s", path, error)
         return {}
     return {str(name): str(identity) for name, identity in dict(known).items()}

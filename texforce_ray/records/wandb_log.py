@@ -20,7 +20,7 @@ from texforce_ray.records.status import State
 
 log = logging.getLogger(__name__)
 
-_CLOSE_S = 60.0  # for what is still to be uploaded
+_CLOSE_S = 60.0  # to finish uploading
 _INIT_S = 30.0
 
 
@@ -31,7 +31,7 @@ class WandbLog:
         settings: `track.wandb`.
         config: shown with the run.
         run_dir: its files go to `wandb/` in it.
-        identity: of the run to continue; None for a new one.
+        identity: ID of the run to continue; None for a new run.
 
     Raises:
         wandb.Error: no connection, wrong key.
@@ -61,7 +61,7 @@ class WandbLog:
                 init_timeout=_INIT_S,
             ),
         )
-        # Not W&B's own steps: these may not go back, and a grid comes before its iteration's line.
+        # Not W&B's own steps: they must not decrease, and a grid precedes its iteration's line.
         self._run.define_metric("iteration")
         self._run.define_metric("*", step_metric="iteration")
 
@@ -74,19 +74,20 @@ class WandbLog:
         self._run.log({tag: wandb.Image(image), "iteration": iteration})
 
     def close(self, state: State = "finished") -> None:
-        """Upload the rest; without a network, not for ever."""
+        """Upload the rest, but give up after `_CLOSE_S`: there may be no network."""
         code = 0 if state == "finished" else 1
         closing = threading.Thread(target=self._run.finish, args=(code,), daemon=True)
         closing.start()
         closing.join(_CLOSE_S)
         if closing.is_alive():
             log.warning(
-                "track.wandb: not all is uploaded yet; later: wandb sync RUN_DIR/wandb/run*"
+                "track.wandb: the upload is incomplete; finish it later with: "
+                "wandb sync RUN_DIR/wandb/run*"
             )
 
 
 def has_key() -> bool:
-    """Whether there is a key, in the environment or of `wandb login`; its value stays there."""
+    """Whether there is a key, in the environment or from `wandb login`; never returns its value."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

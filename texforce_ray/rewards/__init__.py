@@ -1,4 +1,9 @@
-"""Rewards. The built-in ones stand in one table; any other is 'package.module:Class'."""
+"""Rewards. The built-in ones are listed in one table; any other is 'package.module:Class'.
+
+Many run in environments without pydantic or torch, so no reward imports pydantic, and only those
+with a torch model import torch. May import shapes, errors and files; `differentiable.py`, which
+runs in the learner, also the config.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ _HERE = "texforce_ray.rewards"
 class Entry:
     """A built-in reward: loaded only in the reward's own process.
 
-    target: 'package.module:Class'. packages: its set in `environments.SETS`. isolated: whether it
+    target: 'package.module:Class'. packages: its set in `isolation.SETS`. isolated: whether it
     gets that environment unless the config says otherwise; the others run beside the rollouts.
     scores: the range. source: where it comes from. differentiable: whether it offers
     `score_differentiable`.
@@ -110,7 +115,7 @@ IQA = Entry(f"{_HERE}.iqa:IqaReward", "pyiqa", True, "the metric's, higher is be
 
 
 def find(name: str) -> Entry:
-    """The table's row of a built-in name.
+    """The table entry of a built-in name.
 
     Raises:
         RewardError: an unknown name.
@@ -119,8 +124,8 @@ def find(name: str) -> Entry:
         return IQA
     if name not in BUILT_IN:
         raise RewardError(
-            f"unknown reward {name!r}; built in are {', '.join(sorted(BUILT_IN))} and "
-            "iqa:<metric of pyiqa>; your own is given as target: package.module:Class"
+            f"unknown reward {name!r}; the built-in ones are {', '.join(sorted(BUILT_IN))} and "
+            "iqa:<metric of pyiqa>; give your own as target: package.module:Class"
         )
     return BUILT_IN[name]
 
@@ -137,18 +142,25 @@ def resolve(name: str | None, target: str | None) -> str:
 
 
 def check_differentiable(name: str | None) -> None:
-    """Raise RewardError unless a built-in reward has a gradient; the user's own say so later."""
+    """Raise RewardError if a built-in reward has no gradient; users' own are checked on loading."""
     if name is not None and not find(name).differentiable:
         able = ", ".join(sorted(key for key, entry in BUILT_IN.items() if entry.differentiable))
         raise RewardError(
-            f"direct: reward {name!r} has no gradient to the image; those that have: {able}, and "
-            "your own with a method score_differentiable(images, prompts). Rewards with weight 0 "
-            "are only recorded, and PPO (direct: null) needs no gradient"
+            f"objective.kind 'direct': reward {name!r} has no gradient to the image; use one of "
+            f"{able}, or your own with a method score_differentiable(images, prompts), or set its "
+            "weight to 0 to only record it, or train with PPO (objective.kind: ppo), which needs "
+            "no gradient"
         )
 
 
 def arguments(name: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Constructor arguments: the config's, and what the name itself says."""
+    """Constructor arguments: the config's, and those that the name implies."""
     if name is not None and name.startswith("iqa:"):
         return {"metric": name.removeprefix("iqa:")} | kwargs
     return kwargs
+
+
+def split_name(name: str) -> tuple[str | None, str | None]:
+    """(built-in name, None) or (None, target) from a command-line argument."""
+    own = ":" in name and not name.startswith("iqa:")
+    return (None, name) if own else (name, None)

@@ -1,7 +1,8 @@
-"""Reads scores and rankings out of a model's prose; what can be read in two ways is no answer.
+"""Reads scores and rankings from a model's prose; an ambiguous answer counts as none.
 
-JSON counts first, and of nested JSON the outermost. In prose, only a number counts that cannot be
-the end of a scale, a maximum or a count of something. A wrong score trains; None is asked again.
+JSON takes precedence, and of nested JSON the outermost. In prose, a number counts only if it cannot
+be the end of a scale, a maximum or a count of something. A wrong score would be trained on; after
+None, the model is asked again.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _MAXIMUM = re.compile(
     rf"|{_N}\s+(?:points?\s+)?{_BEST}\b",
     re.IGNORECASE,
 )
-_SCALE = "§"  # stands where a range was
+_SCALE = "§"  # replaces a range
 # A number and what it is out of: "7/10", "7 out of 10", "4 out of a maximum score of 10".
 _OUT_OF = re.compile(
     rf"({_N})\s*(?:{_OF}\s*)?\(?(?:/|\bout\s+of\b)\s*(?:an?\s+|the\s+)?(?:{_BEST}\s+)*"
@@ -74,7 +75,7 @@ def parse_score(text: str, high: float | None = None) -> float | None:
     """The score of an answer, or None where there is none or more than one.
 
     JSON with "score" (outermost object), "Score: 7", "I give it 7 out of 10", or a bare number.
-    "7,5" is 7.5. `high`: the scale's end; a score out of another maximum is none.
+    "7,5" is 7.5. `high`: the scale's end; a score out of another maximum does not count.
     """
     text = _THOUGHTS.sub(" ", text)
     objects = [o for o in _objects(text) if _field(o, "score") is not _NOTHING]
@@ -118,7 +119,7 @@ def _share(number: str, most: str | None, high: float | None) -> float | None:
 
 
 def _number(text: str) -> float | None:
-    """7.5 and 7,5; not 1,000, which may be either."""
+    """Read 7.5 and 7,5, but not 1,000, which is ambiguous."""
     whole, comma, part = text.partition(",")
     if comma and len(part) > 2:
         return None
@@ -139,12 +140,12 @@ def _value(value: Any, high: float | None) -> float | None:
 
 
 def _agreed(values: list[float | None]) -> float | None:
-    """The one value that all of them are."""
+    """The value that all of them share; None if they differ."""
     return values[0] if values and all(value == values[0] for value in values) else None
 
 
 def parse_ranking(text: str, count: int) -> list[int] | None:
-    """Places from 0, best first, out of an answer; None unless it names each image once."""
+    """Image indices from 0, best first, from an answer; None unless it names each image once."""
     text = _THOUGHTS.sub(" ", text)
     objects = _objects(text)
     named = [o for o in objects if _field(o, "ranking") is not _NOTHING]
@@ -170,11 +171,11 @@ def _permutation(value: Any, count: int) -> list[int] | None:
 
 _Pairs = list[tuple[str, Any]]
 _NOTHING = object()  # no such field
-_TWICE = object()  # a field with two values is no value of any kind
+_TWICE = object()  # a field that appears twice has no valid value
 
 
 class _Object(list[tuple[str, Any]]):
-    """A JSON object as its pairs: a key that stands twice must not pass for one."""
+    """A JSON object as its pairs, so that a duplicate key is noticed."""
 
 
 def _objects(text: str) -> list[_Pairs]:
@@ -189,17 +190,17 @@ def _field(pairs: _Pairs, name: str) -> Any:
 
 
 def _fenced(text: str, name: str) -> _Pairs | None:
-    """The object with this field in the only code block that has one: after thinking aloud."""
+    """The object with this field if code blocks hold exactly one: models may think aloud first."""
     found = [o for block in _FENCE.findall(text) for o in _objects(block)]
     named = [o for o in found if _field(o, name) is not _NOTHING]
     return named[0] if len(named) == 1 else None
 
 
 def _values(text: str, opening: str) -> Iterator[Any]:
-    """Outermost JSON values that begin with `opening`; what lies inside of others is not looked at.
+    """Outermost JSON values that begin with `opening`; values inside others are ignored.
 
-    Whatever begins with a brace and is no JSON hides what is in it, too: a cut-off object's first
-    inner one must not pass for the answer.
+    Anything that begins with a brace but is not JSON hides its content too: the first inner object
+    of a truncated one must not pass for the answer.
     """
     decoder = json.JSONDecoder(object_pairs_hook=_Object)
     for start, end in _regions(text, opening):
@@ -212,8 +213,8 @@ def _values(text: str, opening: str) -> Iterator[Any]:
 
 
 def _regions(text: str, opening: str) -> Iterator[tuple[int, int]]:
-    """Where brackets open and close again, from outside; one that never closes goes to the end."""
-    # An object hides the lists in it, and a list the objects only if lists are looked for.
+    """Start and end of each outermost bracketed region; an unclosed one extends to the end."""
+    # An object hides lists inside it; a list hides objects only when looking for lists.
     starts = "{[" if opening == "[" else "{"
     place = 0
     while (start := min((p for b in starts if (p := text.find(b, place)) >= 0), default=-1)) >= 0:
@@ -235,7 +236,7 @@ def _regions(text: str, opening: str) -> Iterator[tuple[int, int]]:
 
 
 def _without_json(text: str) -> str:
-    """Prose alone, so that no number in a broken object is taken for the answer."""
+    """The prose alone, so that no number in a broken object is taken for the answer."""
     parts, place = [], 0
     for start, end in _regions(text, "{"):
         parts.append(text[place:start])

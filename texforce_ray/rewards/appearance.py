@@ -10,7 +10,7 @@ from texforce_ray.shapes.appearance import appearance
 
 
 class AppearanceReward:
-    """Crisp outlines, pure colours and a clean background, in [0, 1]; prompts are not read."""
+    """Crisp outlines, pure colours and a clean background, in [0, 1]; prompts are ignored."""
 
     def score(
         self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]

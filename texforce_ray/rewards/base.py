@@ -1,4 +1,4 @@
-"""What a reward is. Needs numpy alone: rewards may live in environments without torch."""
+"""The interface of rewards. Needs only numpy: rewards may run in environments without torch."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class Reward(Protocol):
         Args:
             images: uint8 [B, H, W, 3], read-only.
             prompts: B texts.
-            metadata: B mappings, whatever the prompt file had besides the text.
+            metadata: B mappings, the other fields of the prompt file.
         """
         ...
 
 
 @runtime_checkable
 class DifferentiableReward(Reward, Protocol):
-    """A reward that can also be raised by its gradient (`direct` in the configuration)."""
+    """A reward that can also be maximized by its gradient (objective.kind 'direct')."""
 
     def score_differentiable(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """What `score` gives, with a gradient to the images.
+        """The scores of `score`, with a gradient to the images.
 
         Args:
             images: float [B, 3, H, W] in [0, 1], on the learner's device.
@@ -50,7 +50,7 @@ class DifferentiableReward(Reward, Protocol):
 
 
 def load_reward(target: str, kwargs: dict[str, Any]) -> Reward:
-    """Import 'package.module:Class' and make one.
+    """Import 'package.module:Class' and create an instance.
 
     Raises:
         RewardError: naming the target and why it cannot be used.
@@ -58,7 +58,7 @@ def load_reward(target: str, kwargs: dict[str, Any]) -> Reward:
     module_name, _, class_name = target.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # user code: whatever it raises, the user must see its name
+    except Exception as error:  # user code may raise anything; the message must name it
         raise RewardError(
             f"reward {target}: cannot import {module_name}: {type(error).__name__}: {error}"
         ) from error
@@ -77,12 +77,12 @@ def load_reward(target: str, kwargs: dict[str, Any]) -> Reward:
             f"reward {target}: {class_name}(**{kwargs}) failed: {type(error).__name__}: {error} "
             f"({where.filename}:{where.lineno})"
         )
-        # Not `from error`: Ray would print that one too, with whatever secret it quotes.
+        # Not `from error`: Ray would print the cause too, with any secret that it quotes.
         raise RewardError(_without_secrets(message, kwargs)) from None
 
 
 def _without_secrets(message: str, kwargs: dict[str, Any]) -> str:
-    """A message that quotes a constructor's arguments, as it may stand in logs."""
+    """A message that quotes a constructor's arguments, with secrets removed for the logs."""
     for secret in sorted(secrets(kwargs), key=len, reverse=True):
         message = message.replace(secret, "***")
     return redacted(message)

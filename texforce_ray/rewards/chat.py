@@ -12,7 +12,7 @@ import numpy as np
 
 from texforce_ray.errors import RewardError
 from texforce_ray.rewards.images import enlarged, to_png
-from texforce_ray.rewards.web import JsonClient, RefusedError
+from texforce_ray.rewards.web import JsonClient, RejectedError
 
 _FIELDS = ("max_tokens", "temperature", "seed")
 
@@ -20,11 +20,11 @@ _FIELDS = ("max_tokens", "temperature", "seed")
 class ChatClient:
     """One model behind one endpoint; thread-safe.
 
-    url: of the API, e.g. http://localhost:8000/v1. max_cost: what may be spent, by input_ and
-    output_price for a million tokens; max_requests: or how many requests may be made. When either
+    url: of the API, e.g. http://localhost:8000/v1. max_cost: what may be spent, with input_price
+    and output_price per million tokens. max_requests: how many requests may be made. When either
     is used up, every further question raises. min_side: images are enlarged to it. max_tokens,
-    temperature, seed: None leaves the field out, for services that refuse it; extra_body: further
-    fields of the request, which win over ours.
+    temperature, seed: None omits the field, for services that reject it. extra_body: more fields
+    of the request, which override ours.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class ChatClient:
         if extra_body is not None and not isinstance(extra_body, Mapping):
             raise RewardError(f"vlm: extra_body: {extra_body!r} should be a mapping of fields")
         if taken := {"model", "messages", "stream"} & set(extra_body or {}):
-            raise RewardError(f"vlm: extra_body: {sorted(taken)[0]!r} cannot be given there")
+            raise RewardError(f"vlm: extra_body: {sorted(taken)[0]!r} cannot be set there")
         self.model, self.min_side = model, min_side
         ours = zip(_FIELDS, (max_tokens, temperature, seed), strict=True)
         self.fields = {name: value for name, value in ours if value is not None}
@@ -79,7 +79,7 @@ class ChatClient:
         """The answer to a question about images, uint8 [H, W, 3] each; "" if it holds no text.
 
         Raises:
-            RewardError: the budget is used up, or the service refused.
+            RewardError: the budget is used up, or the service rejected the request.
         """
         content: list[dict[str, Any]] = [{"type": "text", "text": question}]
         for image in images:
@@ -93,27 +93,27 @@ class ChatClient:
         self._spend()
         try:
             return self._text(self.client.post(body))
-        except RefusedError as error:
+        except RejectedError as error:
             raise RewardError(f"{error}{self._advice(str(error))}") from None
 
-    def _advice(self, refusal: str) -> str:
-        """Which setting to change, where a refusal names a field that was sent."""
-        named = [name for name in self.fields if re.search(rf"\b{name}\b", refusal)]
+    def _advice(self, rejection: str) -> str:
+        """Which setting to change, if the rejection names a field that was sent."""
+        named = [name for name in self.fields if re.search(rf"\b{name}\b", rejection)]
         advice = [f"{name}: null" for name in named if name in _FIELDS]
-        if "max_completion_tokens" in refusal and "max_tokens" in self.fields:
+        if "max_completion_tokens" in rejection and "max_tokens" in self.fields:
             advice.append("extra_body: {max_completion_tokens: 2048}")
         advice += [f"extra_body without {name}" for name in named if name not in _FIELDS]
         if not advice:
             return ""
         return (
-            f"; set {', '.join(advice)} (of a reward in its kwargs; of the judge command with "
+            f"; set {', '.join(advice)} (for a reward, in its kwargs; for the judge command, with "
             "--max-tokens, --temperature, --request-seed and --extra-body)"
         )
 
     def _spend(self) -> None:
         with self._lock:
             if self.max_requests is not None and self.requests >= self.max_requests:
-                raise RewardError(f"max_requests: {self.max_requests} are used up")
+                raise RewardError(f"max_requests: all {self.max_requests} are used up")
             if self.max_cost is not None and self.cost >= self.max_cost:
                 raise RewardError(f"max_cost: {self.cost:.4f} of {self.max_cost} is spent")
             self.requests += 1

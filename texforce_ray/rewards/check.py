@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from texforce_ray.console import exit_code
 from texforce_ray.errors import ConfigError, RewardError, TexForceError
-from texforce_ray.rewards.serve import split_name
+from texforce_ray.rewards import split_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,9 +45,12 @@ def parser() -> argparse.ArgumentParser:
     )
     commands.add_argument("--config", type=Path, help="check all rewards of this config instead")
     commands.add_argument(
-        "--images", type=Path, nargs="+", help="image files; default: drawings, noise and blank"
+        "--images",
+        type=Path,
+        nargs="+",
+        help="image files (default: drawings, noise and a blank image)",
     )
-    commands.add_argument("--prompt", default="a photo", help="prompt of --images")
+    commands.add_argument("--prompt", default="a photo", help="prompt for --images")
     commands.add_argument("--repeat", type=int, default=8, help="calls to time")
     commands.add_argument(
         "--set",
@@ -63,24 +67,22 @@ def main(given: list[str] | None = None) -> int:
     """Run the command; 0 if every reward scored."""
     options = parser().parse_args(given)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        config = _configure(options)
-        images, prompts, labels = _samples(options)
-        results = asyncio.run(_check(config, images, prompts, max(1, options.repeat)))
-    except TexForceError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    config = _configure(options)
+    images, prompts, labels = _samples(options)
+    results = asyncio.run(_check(config, images, prompts, max(1, options.repeat)))
     _print(results, labels)
     return 1 if any(result["error"] for result in results.values()) else 0
 
 
 def _configure(options: argparse.Namespace) -> Config:
-    from texforce_ray.config_io import load_config
+    from texforce_ray.config.io import load_config
 
     if bool(options.names) == bool(options.config):
-        raise ConfigError("give names of rewards, or --config FILE")
+        raise ConfigError("give either names of rewards or --config FILE")
     if options.config:
         return load_config(options.config, options.overrides)
     rewards = []
@@ -118,25 +120,20 @@ def _samples(options: argparse.Namespace) -> tuple[list[np.ndarray], list[str], 
 async def _check(
     config: Config, images: list[np.ndarray], prompts: list[str], repeat: int
 ) -> dict[str, dict[str, Any]]:
-    import ray
-
-    from texforce_ray.actors.connection import connect
-    from texforce_ray.actors.environments import prepare_environments
+    from texforce_ray.cluster.connection import connected
+    from texforce_ray.cluster.environments import prepare_environments
     from texforce_ray.rewards import find
 
     for reward in config.rewards:
         if reward.name is not None:
             find(reward.name)
-    started = connect(config)
-    try:
+    with connected(config):
         pythons = await prepare_environments(config)
-        results = {}
-        for reward in config.rewards:  # one by one: times and memory are each one's own
-            results[reward.key] = await _one(config, reward.key, pythons, images, prompts, repeat)
-        return results
-    finally:
-        if started:
-            ray.shutdown()
+        # One at a time, so that times and memory belong to a single reward.
+        return {
+            reward.key: await _one(config, reward.key, pythons, images, prompts, repeat)
+            for reward in config.rewards
+        }
 
 
 async def _one(
@@ -150,8 +147,8 @@ async def _one(
     import numpy as np
     import ray
 
-    from texforce_ray.actors.crew import reward_pool
     from texforce_ray.actors.messages import pack_images
+    from texforce_ray.crew.starting import reward_pool
 
     reward = next(r for r in config.rewards if r.key == key)
     result: dict[str, Any] = {"scores": [], "error": None, "python": pythons.get(key, "driver")}
@@ -164,12 +161,12 @@ async def _one(
         for image, prompt in zip(images, prompts, strict=True):
             answer = await pool.score(ray.put(pack_images(image[None])), [prompt], [{}])
             if answer.error is not None:
-                # Another image may still be scored: `shapes` refuses the prompt "a hand".
-                result.setdefault("refused", answer.error)
+                # Another image may still be scored: `shapes` rejects the prompt "a hand".
+                result.setdefault("rejected", answer.error)
             result["scores"].append(answer.scores[0] if answer.scores else None)
         scored = [i for i, score in enumerate(result["scores"]) if score is not None]
         if not scored:
-            raise RewardError(f"reward {key}: {result.get('refused', 'no image could be scored')}")
+            raise RewardError(f"reward {key}: {result.get('rejected', 'no image could be scored')}")
         check_variety(key, [result["scores"][i] for i in scored], [images[i] for i in scored])
         size = min(16, reward.batch_size)
         batch = ray.put(pack_images(np.stack([images[scored[0]]] * size)))
@@ -188,10 +185,10 @@ async def _one(
 
 
 def check_variety(key: str, scores: list[float], images: list[np.ndarray]) -> None:
-    """Refuse a reward that tells no two images apart: it would teach nothing.
+    """Reject a reward that scores all images alike: nothing could be learned from it.
 
     Raises:
-        RewardError: all images, two different ones at least, have the same score.
+        RewardError: all images, at least two of them different, have the same score.
     """
     known = [(score, image.tobytes()) for score, image in zip(scores, images, strict=True)
              if not math.isnan(score)]  # fmt: skip
@@ -199,14 +196,14 @@ def check_variety(key: str, scores: list[float], images: list[np.ndarray]) -> No
     if len(values) == 1 and len({data for _, data in known}) > 1:
         raise RewardError(
             f"reward {key}: all {len(known)} different images have the same score, "
-            f"{values.pop():g}: nothing can be learned from it. If images like those of your "
-            "prompts do differ for it, try them with --images"
+            f"{values.pop():g}, so nothing can be learned from it; if it does score images of your "
+            "prompts differently, pass such images with --images"
         )
 
 
 def _print(results: dict[str, dict[str, Any]], labels: list[str]) -> None:
-    """A table of scores, then times, then one JSON object in the last line."""
-    from texforce_ray.records.files import to_json
+    """Print a table of scores, then times, then one JSON object in the last line."""
+    from texforce_ray.files import to_json
 
     width = max(12, *(len(key) for key in results))
     print(f"{'reward':<{width}}  " + "  ".join(f"{label[:12]:>12}" for label in labels))
@@ -223,8 +220,8 @@ def _print(results: dict[str, dict[str, Any]], labels: list[str]) -> None:
             f"{key}: {result['seconds_per_batch']:.4f} s for {result['batch']} images, loaded in "
             f"{result['seconds_to_load']:.1f} s, {memory}, {result['python']}"
         )
-        if "refused" in result:
-            print(f"  '-': {result['refused']}")
+        if "rejected" in result:
+            print(f"  '-': {result['rejected']}")
     print(to_json(results))
 
 

@@ -1,4 +1,4 @@
-"""Rewards that are a CLIP model of transformers: CLIP score, PickScore, LAION aesthetics."""
+"""Rewards based on a CLIP model from transformers: CLIP score, PickScore, LAION aesthetics."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from texforce_ray.rewards.torch_models import (
     weights_file,
 )
 
-# Pillow's resize, which needs no torchvision and is what the reference pipelines used; in
-# transformers 4 it has the plain name.
+# Pillow's resize needs no torchvision and is what the reference pipelines used; in transformers 4,
+# the class has the plain name.
 _Pil: Any = getattr(transformers, "CLIPImageProcessorPil", None)
 _ImageProcessor: Any = _Pil or transformers.CLIPImageProcessor
 
@@ -43,7 +43,7 @@ class _Clip:
     ) -> None:
         self.device, self.dtype = pick_device(device), pick_dtype(dtype)
         where = {"revision": revision, "cache_dir": cache_dir}
-        # A pin belongs to one repository: where the processor has another, it is not pinned by it.
+        # A revision belongs to one repository: it cannot pin a processor from another one.
         side = {"cache_dir": cache_dir} if processor else where
         try:
             model = transformers.CLIPModel.from_pretrained(weights, **where)
@@ -74,7 +74,7 @@ class _Clip:
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> Tensor:
-        """Unit embeddings of texts, cut at the encoder's limit: float32 [B, D]."""
+        """Unit embeddings of texts, truncated at the encoder's limit: float32 [B, D]."""
         limit = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
             texts, padding=True, truncation=True, max_length=limit, return_tensors="pt"
@@ -120,7 +120,7 @@ class ClipScore:
 
 
 class PickScore(ClipScore):
-    """PickScore v1: CLIP-H tuned on people's choices (Kirstain et al. 2023, Pick-a-Pic).
+    """PickScore v1: CLIP-H tuned on human choices (Kirstain et al. 2023, Pick-a-Pic).
 
     The logit scale times the cosine, as its model card computes it: about 15 to 28.
     """
@@ -181,7 +181,7 @@ class Aesthetic:
     def score(
         self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]
     ) -> list[float]:
-        """Scores of uint8 [B, H, W, 3] in one forward pass; the prompts play no part."""
+        """Scores of uint8 [B, H, W, 3] in one forward pass; prompts are ignored."""
         del prompts, metadata
         return self.head(self.clip.images(images)).squeeze(-1).tolist()
 

@@ -1,8 +1,8 @@
-"""The time by which a reward must have answered, for whatever it calls in turn. Needs nothing.
+"""The time by which a reward must answer, for the services that it calls. No dependencies.
 
 A reward server is killed when a call takes longer than `timeout_s`. Web clients therefore ask here
 how long they may wait, and give up a little earlier: the call then fails with the service's own
-words, and the server lives.
+error message, and the server survives.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from __future__ import annotations
 import math
 import time
 
-_SHARE, _MOST_S = 0.1, 10.0  # kept back for the answer's way home
+_SHARE, _MOST_S = 0.1, 10.0  # reserved for returning the answer
 _end = math.inf
 
 
 def begin(timeout_s: float) -> None:
-    """A call begins that is given `timeout_s` seconds; one process answers one call at a time."""
-    global _end  # noqa: PLW0603 - threads of a reward must see it, so it is no context variable
+    """Start a call that may take `timeout_s` seconds; a process answers one call at a time."""
+    global _end  # noqa: PLW0603 - not a context variable: a reward's threads must see it
     _end = time.monotonic() + timeout_s - min(_SHARE * timeout_s, _MOST_S)
 
 
 def end() -> None:
-    """The call is over."""
+    """End the call."""
     global _end  # noqa: PLW0603
     _end = math.inf
 
 
 def left() -> float:
-    """Seconds that a reward still has; infinite outside a reward server."""
+    """Seconds that a reward has left; infinite outside a reward server."""
     return _end - time.monotonic()

@@ -32,12 +32,13 @@ def total_of(
 def _load(reward: RewardConfig, device: str) -> DifferentiableReward:
     kwargs = arguments(reward.name, reward.kwargs)
     if reward.name is not None:
-        # Beside the policy, unless the config says otherwise: every built-in one takes a device.
+        # On the policy's device unless the config says otherwise: every built-in one takes it.
         kwargs = {"device": device} | kwargs
     loaded = load_reward(resolve(reward.name, reward.target), kwargs)
     if not isinstance(loaded, DifferentiableReward):
         raise RewardError(
-            f"direct: reward {reward.key} has no method score_differentiable(images, prompts); "
-            "give it one, or weight 0, or train with PPO (direct: null)"
+            f"objective.kind 'direct': reward {reward.key} has no method "
+            "score_differentiable(images, prompts); give it one, or weight 0, or train with PPO "
+            "(objective.kind: ppo)"
         )
     return loaded

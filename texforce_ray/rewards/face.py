@@ -16,8 +16,8 @@ _CERTAIN = 0.5
 class Face:
     """Face detection score, 0 to 1; 0 where no face is found.
 
-    faces: how many are wanted; the score is the mean over that many, a missing one counting 0, and
-    further faces that the detector is sure of lower it. landmarks: multiply by the share of eyes,
+    faces: how many are wanted; the score is the mean over that many, where a missing one counts 0;
+    extra faces of which the detector is sure lower it. landmarks: multiply by the share of eyes,
     nose, mouth and ears (6 points) that lie inside the image. full_range: the model for faces up to
     five metres away rather than two. min_side: smaller images are enlarged to this.
     """
@@ -42,7 +42,7 @@ class Face:
     def score(
         self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]
     ) -> list[float]:
-        """Scores of uint8 [B, H, W, 3]; the prompts play no part."""
+        """Scores of uint8 [B, H, W, 3]; prompts are ignored."""
         del prompts, metadata
         return [self._score(image) for image in images]
 

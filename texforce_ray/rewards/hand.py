@@ -1,6 +1,6 @@
 """Is there a hand, and how sure is the detector? MediaPipe's palm detector (not differentiable).
 
-The paper uses a YOLO for this; MediaPipe's detector carries its weights in the wheel.
+The paper uses a YOLO for this; MediaPipe's detector ships its weights in the wheel.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _CERTAIN = 0.5
 class Hand:
     """Palm detection score, 0 to 1; 0 where no hand is found.
 
-    hands: how many are wanted; the score is the mean over that many, a missing one counting 0, and
-    further hands that the detector is sure of lower it. landmarks: multiply by the share of the 21
+    hands: how many are wanted; the score is the mean over that many, where a missing one counts 0;
+    extra hands of which the detector is sure lower it. landmarks: multiply by the share of the 21
     hand points that lie inside the image. min_side: smaller images are enlarged to this.
     """
 
@@ -50,7 +50,7 @@ class Hand:
     def score(
         self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]
     ) -> list[float]:
-        """Scores of uint8 [B, H, W, 3]; the prompts play no part."""
+        """Scores of uint8 [B, H, W, 3]; prompts are ignored."""
         del prompts, metadata
         return [self._score(image) for image in images]
 

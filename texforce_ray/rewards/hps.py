@@ -28,7 +28,7 @@ from texforce_ray.rewards.torch_models import (
 
 
 class HpsV2:
-    """Cosine of image and prompt under ViT-H-14 tuned on people's choices: mostly .2 to .3."""
+    """Cosine of image and prompt under ViT-H-14 tuned on human choices: mostly .2 to .3."""
 
     default_weights = "xswu/HPSv2:HPS_v2_compressed.pt"
 
@@ -53,9 +53,9 @@ class HpsV2:
         self.std = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """Longest side to the model's size (bicubic), black beside it, normalised: [3, S, S].
+        """Longest side resized to the model's size (bicubic), black padding, normalised: [3, S, S].
 
-        As the HPS authors' copy of open_clip does it (`resize_longest_max`).
+        As in the HPS authors' copy of open_clip (`resize_longest_max`).
         """
         factor = self.size / max(image.size)
         if factor != 1:

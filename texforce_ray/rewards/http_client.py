@@ -1,4 +1,4 @@
-"""Someone's reward service, by the protocol of docs/rewards.md; `serve.py` is its other side."""
+"""Client of a reward service, by the protocol in docs/rewards.md; `serve.py` is the server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class HttpReward:
     """POSTs `{"version": 1, "images": [PNG in base64], "prompts": [...], "metadata": [...]}`.
 
     The service answers `{"scores": [...]}`: one number for each image, null for "could not score".
-    token_env names the environment variable of a bearer token, so that no secret is in the config.
+    token_env names the environment variable that holds a bearer token: the config has no secrets.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class HttpReward:
         """Scores of uint8 [B, H, W, 3] in one request.
 
         Raises:
-            RewardError: no answer after all tries, or not one of the protocol.
+            RewardError: no answer after all attempts, or one that breaks the protocol.
         """
         answer = self.client.post(
             {

@@ -23,7 +23,7 @@ _HUB = "THUDM/ImageReward"  # moved to zai-org; the hub forwards the old name
 
 
 class ImageReward:
-    """People's preference for an image under its prompt, mean 0, deviation 1 on real prompts."""
+    """Human preference for an image given its prompt; mean 0, deviation 1 on real prompts."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class ImageReward:
     def score(
         self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]
     ) -> list[float]:
-        """Scores of uint8 [B, H, W, 3] in one forward pass, equal to the package's one by one."""
+        """Scores of uint8 [B, H, W, 3] in one forward pass, equal to the package's single ones."""
         del metadata
         model, blip = self.model, self.model.blip
         tokens = blip.tokenizer(
@@ -72,7 +72,7 @@ class ImageReward:
 
 @contextlib.contextmanager
 def _tokenizer_from(source: str, cache_dir: str | None) -> Iterator[None]:
-    """The package asks the hub for 'bert-base-uncased' by name: let a path or cache answer."""
+    """Redirect the package's request to the hub for 'bert-base-uncased' to a path or cache."""
     from transformers import BertTokenizer
 
     real = BertTokenizer.from_pretrained

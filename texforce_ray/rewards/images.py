@@ -1,4 +1,4 @@
-"""Image helpers of the rewards. Needs numpy and Pillow alone."""
+"""Image helpers of the rewards. Needs only numpy and Pillow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def to_pil(images: np.ndarray) -> list[Image.Image]:
 
 
 def enlarged(image: np.ndarray, shorter_side: int) -> np.ndarray:
-    """uint8 [H, W, 3], bicubic, so that its shorter side is at least `shorter_side` pixels.
+    """Enlarge uint8 [H, W, 3], bicubic, so that its shorter side has at least that many pixels.
 
     Detectors are made for photographs: a 64 x 64 image has to be enlarged for them.
     """
@@ -46,7 +46,7 @@ def from_png(text: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """
     data = io.BytesIO(base64.b64decode(text, validate=True))
     try:
-        # Only PNG: Pillow knows formats that it hands to other programs (EPS to Ghostscript).
+        # Only PNG: Pillow passes some formats to other programs (EPS to Ghostscript).
         return _read(data, max_pixels, formats=("PNG",))
     except ValueError as error:
         raise ValueError(f"not a PNG image: {error}") from None
@@ -55,8 +55,8 @@ def from_png(text: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 def read_image(path: Path) -> np.ndarray:
     """An image file as a viewer shows it on a white page: uint8 [H, W, 3].
 
-    Turned as its EXIF orientation says, what is transparent over white, 16 bits scaled to 8; of an
-    animation the first frame. Colour profiles are not applied.
+    Rotated by its EXIF orientation, transparency over white, 16 bits scaled to 8; the first frame
+    of an animation. Colour profiles are not applied.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
@@ -86,12 +86,12 @@ def _read(
         ) from None
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError) as error:  # Pillow's, of a file that is none or of a chunk
-        raise ValueError(f"not an image that can be read: {error}") from None
+    except (OSError, SyntaxError) as error:  # from Pillow: not an image, or a bad chunk
+        raise ValueError(f"not a readable image: {error}") from None
 
 
 def _as_shown(image: Image.Image, kind: str | None) -> np.ndarray:
-    """Any mode of Pillow's as uint8 [H, W, 3]; what is transparent is shown over white.
+    """Any Pillow mode as uint8 [H, W, 3]; transparency is shown over white.
 
     Raises:
         ValueError: pixels whose range is unknown (32-bit integers and floats).
@@ -106,7 +106,7 @@ def _as_shown(image: Image.Image, kind: str | None) -> np.ndarray:
     if image.mode in ("I", "F"):
         raise ValueError(
             f"pixels are 32-bit {'integers' if image.mode == 'I' else 'floats'}, whose black and "
-            "white are not known; convert the image to 8 or 16 bits"
+            "white levels are unknown; convert the image to 8 or 16 bits"
         )
     if not image.has_transparency_data:
         return np.array(image.convert("RGB"))

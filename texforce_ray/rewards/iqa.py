@@ -1,4 +1,4 @@
-"""Any no-reference metric of pyiqa, turned so that higher is better."""
+"""Any no-reference metric of pyiqa, signed so that higher is better."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from texforce_ray.rewards.torch_models import pick_device, weights_file
 class IqaReward:
     """`iqa:<metric>`: topiq_nr-face (the paper's face reward), topiq_iaa, musiq, piqe, ...
 
-    Metrics of which lower is better are negated. Face metrics give an image without a face the
-    worst score of their range; it is a bad face, not an unscored image.
+    Metrics where lower is better are negated. Face metrics give an image without a face the worst
+    score of their range: it counts as a bad face, not as an unscored image.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class IqaReward:
     def score(
         self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]
     ) -> list[float]:
-        """Scores of uint8 [B, H, W, 3]: in one forward pass, but for face metrics."""
+        """Scores of uint8 [B, H, W, 3]: in one forward pass, except for face metrics."""
         del prompts, metadata
         pixels = torch.from_numpy(images.copy()).permute(0, 3, 1, 2).float().to(self.device) / 255
-        if self.faces:  # pyiqa crops the face, which takes images one by one
+        if self.faces:  # pyiqa crops faces one image at a time
             return [self._face(image[None]) for image in pixels]
         return (self.sign * self.metric(pixels).double().reshape(len(images))).tolist()
 

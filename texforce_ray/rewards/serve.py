@@ -1,6 +1,6 @@
 """Serve any reward over HTTP: `python -m texforce_ray.rewards.serve NAME [--port 8700]`.
 
-The protocol is that of the reward `http` (docs/rewards.md). Binds to loopback unless asked.
+The protocol is that of the reward `http` (docs/rewards.md). Binds to loopback by default.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from texforce_ray.errors import RewardError, TexForceError
-from texforce_ray.records.files import from_json
+from texforce_ray.console import exit_code
+from texforce_ray.errors import RewardError
+from texforce_ray.files import from_json
 from texforce_ray.rewards import arguments as reward_arguments
-from texforce_ray.rewards import resolve
+from texforce_ray.rewards import resolve, split_name
 from texforce_ray.rewards.base import Reward, checked_scores, load_reward
-from texforce_ray.rewards.environments import Environment, build, choose, default_root
 from texforce_ray.rewards.images import from_png
+from texforce_ray.rewards.isolation import Environment, build, choose, default_root
 
 log = logging.getLogger(__name__)
 
@@ -53,19 +54,19 @@ class RewardService(ThreadingHTTPServer):
         """Scores for a decoded request.
 
         Raises:
-            ValueError: not a request of the protocol.
+            ValueError: the request breaks the protocol.
             RewardError: the reward broke the contract.
         """
         if not isinstance(request, dict):
             raise ValueError("the request should be a JSON object")
         images, prompts = request.get("images"), request.get("prompts")
         if not isinstance(images, list) or not images or not isinstance(prompts, list):
-            raise ValueError("'images' and 'prompts' should be lists, with an image at least")
+            raise ValueError("'images' and 'prompts' should be lists with at least one image")
         metadata = request.get("metadata") or [{}] * len(images)
         if not len(images) == len(prompts) == len(metadata):
             raise ValueError(
-                f"{len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata: "
-                "should be equally many"
+                f"{len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata "
+                "entries should be equally many"
             )
         decoded, left = [], MAX_PIXELS
         for image in images:
@@ -92,17 +93,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         token = self.server.token
-        given = self.headers.get("Authorization", "").encode("latin-1")  # as it was sent
+        given = self.headers.get("Authorization", "").encode("latin-1")  # the bytes as sent
         if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
-            self._refuse(401, "a bearer token is needed")
+            self._reject(401, "a bearer token is needed")
             return
         length = self.headers.get("Content-Length", "")
-        # "²" is a digit to Python; and a number of 5,000 digits is refused by int().
+        # Not isdigit(): it accepts "²". And int() rejects a number of 5,000 digits.
         if not re.fullmatch(r"[0-9]{1,12}", length) or int(length) > MAX_REQUEST:
-            self._refuse(413, f"Content-Length should be at most {MAX_REQUEST:,}")
+            self._reject(413, f"Content-Length should be at most {MAX_REQUEST:,}")
             return
         if not self.server.places.acquire(blocking=False):
-            self._refuse(503, f"{MAX_CONNECTIONS} requests are being answered; try again")
+            self._reject(503, f"{MAX_CONNECTIONS} requests are being answered; try again")
             return
         try:
             self._answer(
@@ -110,13 +111,13 @@ class _Handler(BaseHTTPRequestHandler):
             )
         except (ValueError, TypeError) as error:
             self._answer(400, {"error": str(error)})
-        except Exception as error:  # the reward is anyone's code: the client must hear of it
+        except Exception as error:  # user code: the client must learn of any failure
             log.exception("reward %s failed", self.server.name)
             self._answer(500, {"error": f"{type(error).__name__}: {error}"})
         finally:
             self.server.places.release()
 
-    def _refuse(self, code: int, why: str) -> None:
+    def _reject(self, code: int, why: str) -> None:
         self.close_connection = True  # the body is not read
         self._answer(code, {"error": why})
 
@@ -141,49 +142,52 @@ def main(given: list[str] | None = None) -> int:
         description="Serve one reward over HTTP, in the environment that it needs.",
     )
     parser.add_argument("name", help="a built-in reward, or package.module:Class")
-    parser.add_argument("--kwargs", type=json.loads, default={}, help="constructor's, as JSON")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: reachable from elsewhere")
-    parser.add_argument("--port", type=int, default=8700, help="0: any free one")
+    parser.add_argument(
+        "--kwargs", type=json.loads, default={}, help="constructor arguments, as JSON"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0: reachable from other machines"
+    )
+    parser.add_argument("--port", type=int, default=8700, help="0: any free port")
     parser.add_argument("--token-env", help="variable with the bearer token that clients must send")
     parser.add_argument("--environment", help="driver, isolated or the path of an interpreter")
-    parser.add_argument("--requirements", nargs="*", default=[], help="of your own class")
+    parser.add_argument(
+        "--requirements", nargs="*", default=[], help="packages that your own class needs"
+    )
     options = parser.parse_args(given)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return exit_code(lambda: _serve(options, sys.argv[1:] if given is None else given))
+
+
+def _serve(options: argparse.Namespace, arguments: list[str]) -> int:
+    name, target = split_name(options.name)
+    if not os.environ.get("TEXFORCE_IN_ENVIRONMENT"):
+        place = choose(name, options.environment, options.requirements, options.name)
+        if place is not None:
+            try:
+                _continue_in(place, arguments)
+            except OSError as error:
+                raise RewardError(f"environment {place}: {error}") from None
+    token = None
+    if options.token_env:
+        token = os.environ.get(options.token_env)
+        if not token:
+            raise RewardError(f"the environment variable {options.token_env} is not set")
+    reward = load_reward(resolve(name, target), reward_arguments(name, options.kwargs))
     try:
-        name, target = split_name(options.name)
-        if not os.environ.get("TEXFORCE_IN_ENVIRONMENT"):
-            place = choose(name, options.environment, options.requirements, options.name)
-            if place is not None:
-                _continue_in(place, sys.argv[1:] if given is None else given)
-        token = None
-        if options.token_env:
-            token = os.environ.get(options.token_env)
-            if not token:
-                raise RewardError(f"the environment variable {options.token_env} is not set")
-        reward = load_reward(resolve(name, target), reward_arguments(name, options.kwargs))
         service = RewardService((options.host, options.port), options.name, reward, token)
-    except (TexForceError, OSError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:
+        raise RewardError(f"--host {options.host}, --port {options.port}: {error}") from None
     host, port = service.server_address[:2]
     print(f"serving {options.name} at http://{host!s}:{port}/", flush=True)
-    try:
-        service.serve_forever()
-    except KeyboardInterrupt:
-        return 130
+    service.serve_forever()
     return 0
 
 
-def split_name(name: str) -> tuple[str | None, str | None]:
-    """(built-in name, None) or (None, target) from what a command line says."""
-    own = ":" in name and not name.startswith("iqa:")
-    return (None, name) if own else (name, None)
-
-
 def _continue_in(place: Environment | str, arguments: list[str]) -> None:
-    """Become the environment's interpreter, with this package and the working directory in reach.
+    """Become the environment's interpreter; it can import this package and the working directory.
 
-    The folder above the package cannot be put on its path: it may be a whole site-packages.
+    The package's parent folder cannot be put on its path: it may be a whole site-packages.
     """
     python = place
     if isinstance(place, Environment):

@@ -1,4 +1,4 @@
-"""The shapes world's learned reward: what a network believes that the detector would say."""
+"""The shapes world's learned reward: a network's estimate of the detector's score."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from texforce_ray.shapes.scorer import describe_prompts, load_scorer
 
 
 class ShapesScorer:
-    """Match of image and prompt in [0, 1]; differentiable, and wrong at times, as all such are."""
+    """Match of image and prompt in [0, 1]; differentiable, and sometimes wrong."""
 
     def __init__(self, device: str = "auto") -> None:
         self.device = pick_device(device)

@@ -15,7 +15,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def pick_device(device: str) -> torch.device:
-    """'auto' is the GPU that Ray gave this server, if it gave one."""
+    """'auto' is the GPU that Ray assigned to this server, or else the CPU."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
@@ -33,10 +33,10 @@ def pick_dtype(dtype: str) -> torch.dtype:
 
 
 def weights_file(weights: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
-    """A file of weights: a local path, or 'owner/repository:file' of the hub (cached, pinnable).
+    """A file of weights: a local path, or 'owner/repository:file' on the hub (cached, pinnable).
 
     Raises:
-        RewardError: not there, with what was looked for.
+        RewardError: not found; names what was looked for.
     """
     path = Path(weights).expanduser()
     if path.is_file():
@@ -44,7 +44,8 @@ def weights_file(weights: str, revision: str | None = None, cache_dir: str | Non
     repository, colon, name = weights.partition(":")
     if not colon:
         raise RewardError(
-            f"weights {weights!r}: no such file; one of the hub is given as owner/repository:file"
+            f"weights {weights!r}: no such file; to load one from the hub, give "
+            "owner/repository:file"
         )
     from huggingface_hub import hf_hub_download
 
@@ -55,10 +56,10 @@ def weights_file(weights: str, revision: str | None = None, cache_dir: str | Non
 
 
 def load_weights(path: Path) -> dict[str, Any]:
-    """A state dict from safetensors or from a .pt that holds tensors alone: nothing is unpickled.
+    """A state dict from safetensors, or from a .pt that holds only tensors: nothing is unpickled.
 
     Raises:
-        RewardError: damaged, or with something else in it.
+        RewardError: damaged, or holds something else.
     """
     try:
         if path.suffix == ".safetensors":
@@ -72,7 +73,7 @@ def load_weights(path: Path) -> dict[str, Any]:
 
 
 def load_into(model: torch.nn.Module, state: dict[str, Any], what: str) -> None:
-    """Load every parameter of `model`; extra tensors in `state` are refused too.
+    """Load every parameter of `model`; extra tensors in `state` are an error too.
 
     Raises:
         RewardError: naming the first tensors that do not fit.
@@ -81,7 +82,7 @@ def load_into(model: torch.nn.Module, state: dict[str, Any], what: str) -> None:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise RewardError(f"weights of {what} do not fit the model: {error}") from None
-    # Position ids were stored as buffers once; they are computed now.
+    # Position ids used to be stored as buffers; now they are computed.
     unexpected = [name for name in unexpected if not name.endswith("position_ids")]
     missing = [name for name in missing if not name.endswith("position_ids")]
     if missing or unexpected:
@@ -92,7 +93,7 @@ def load_into(model: torch.nn.Module, state: dict[str, Any], what: str) -> None:
 
 
 def resize_and_crop(images: Tensor, shortest: int, crop: tuple[int, int]) -> Tensor:
-    """CLIP's preparation of [B, 3, H, W], with gradient: shortest side to size, then the centre."""
+    """CLIP's resize of the shortest side and centre crop, of [B, 3, H, W], with gradient."""
     height, width = images.shape[-2:]
     factor = shortest / min(height, width)
     resized = resize(images, (round(height * factor), round(width * factor)))
@@ -101,7 +102,7 @@ def resize_and_crop(images: Tensor, shortest: int, crop: tuple[int, int]) -> Ten
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """As Pillow's bicubic resize, but for its rounding to 8 bits; values stay in [0, 1]."""
+    """Like Pillow's bicubic resize, but without rounding to 8 bits; values stay in [0, 1]."""
     resized = torch.nn.functional.interpolate(
         images, size, mode="bicubic", antialias=True, align_corners=False
     )

@@ -26,13 +26,13 @@ class VlmJudge:
     """Scores by a rubric in plain words.
 
     url: of the API, e.g. http://localhost:8000/v1. model: its name there. rubric: `{prompt}` stands
-    for the prompt, other braces are doubled; it should ask for JSON with "score". low, high: what
-    the rubric promises; an answer outside is not a score. concurrency: requests at once. retries:
-    of a request, and of an answer without a score. max_tokens, temperature, seed: of the request;
-    null leaves the field out, for services that refuse it. extra_body: its further fields, e.g.
-    {max_completion_tokens: 2048}. max_cost: what this server may spend, by input_
-    and output_price for a million tokens; max_requests: or how many requests it may make. When
-    either is used up, nothing more is scored and the run ends with that message.
+    for the prompt, double any other braces; it should ask for JSON with "score". low, high: the
+    rubric's range; an answer outside it is not a score. concurrency: requests at once. retries: of
+    a request, and of an answer without a score. max_tokens, temperature, seed: of the request;
+    null omits the field, for services that reject it. extra_body: more fields of the request, e.g.
+    {max_completion_tokens: 2048}. max_cost: what this server may spend, with input_price and
+    output_price per million tokens. max_requests: how many requests it may make. When either is
+    used up, nothing more is scored and the run ends with that message.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class VlmJudge:
             rubric.format(prompt="")
         except (KeyError, IndexError, ValueError) as error:
             raise RewardError(
-                f"reward vlm: rubric: {{prompt}} is the only field, other braces are doubled; "
-                f"found {error!r}"
+                f"reward vlm: rubric: {{prompt}} is the only field allowed, got {error!r}; double "
+                "all other braces"
             ) from None
         self.chat = ChatClient(
             url,
@@ -88,10 +88,10 @@ class VlmJudge:
     def score(
         self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]
     ) -> list[float]:
-        """Scores of uint8 [B, H, W, 3]; NaN where no try gave an answer with a score.
+        """Scores of uint8 [B, H, W, 3]; NaN where no attempt returned a score.
 
         Raises:
-            RewardError: the budget is used up, or the service refused every image.
+            RewardError: the budget is used up, or the service rejected every image.
         """
         del metadata
         jobs = [

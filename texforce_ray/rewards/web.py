@@ -1,4 +1,4 @@
-"""Calls of web services by rewards: deadlines, retries with growing pauses, bounded answers."""
+"""Rewards' calls to web services: deadlines, retries with growing pauses, bounded answers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from texforce_ray.errors import RewardError, redacted
 from texforce_ray.rewards import deadline
 
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
-MAX_ANSWER = 4_000_000  # bytes; a service gone wild must not fill the memory
+MAX_ANSWER = 4_000_000  # bytes; a misbehaving service must not fill the memory
 
 
-class RefusedError(RewardError):
-    """The service did not accept the request; trying again would not help."""
+class RejectedError(RewardError):
+    """The service rejected the request; retrying would not help."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -27,7 +27,7 @@ class RefusedError(RewardError):
 class JsonClient:
     """POSTs JSON to one service and reads JSON back.
 
-    timeout_s: of one try. All tries together end before the reward's own deadline.
+    timeout_s: for one attempt. All attempts together end before the reward's own deadline.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class JsonClient:
         self.client = httpx.Client(timeout=timeout_s, headers=headers, limits=limits)
 
     def post(self, body: Any) -> Any:
-        """The answer, after at most `retries` further tries; thread-safe.
+        """The answer, after at most `retries` retries; thread-safe.
 
         Raises:
-            RefusedError: the service does not accept the request.
-            RewardError: with the service's last word.
+            RejectedError: the service rejects the request.
+            RewardError: no usable answer; quotes the last problem.
         """
-        problem, tries = "not asked", 0
+        problem, tries = "no request was sent", 0
         for attempt in range(self.retries + 1):
             pause = self.pause_s * 2 ** (attempt - 1) * random.uniform(0.8, 1.2) if attempt else 0.0
             if deadline.left() <= pause:
@@ -74,7 +74,7 @@ class JsonClient:
                 continue
             if code >= 400:
                 words = data[:300].decode(errors="replace")
-                raise RefusedError(f"{self.shown}: HTTP {code}: {words}", code)
+                raise RejectedError(f"{self.shown}: HTTP {code}: {words}", code)
             try:
                 return json.loads(data)
             except ValueError:
@@ -82,7 +82,7 @@ class JsonClient:
         raise RewardError(f"{self.shown}: {problem} (after {tries} tries)")
 
     def _once(self, body: Any) -> tuple[int, bytes]:
-        # httpx's timeout is for each read: a service that dribbles would hold on for ever.
+        # httpx's timeout is per read: a service that sends byte by byte would block forever.
         seconds = min(self.timeout_s, max(0.001, deadline.left()))
         end = time.monotonic() + seconds
         with self.client.stream("POST", self.url, json=body, timeout=seconds) as answer:
@@ -94,5 +94,5 @@ class JsonClient:
                         f"{self.shown}: the answer is larger than {self.max_answer:,} bytes"
                     )
                 if time.monotonic() > end:
-                    raise httpx.ReadTimeout(f"no whole answer within {seconds:.3g} s")
+                    raise httpx.ReadTimeout(f"no complete answer within {seconds:.3g} s")
             return answer.status_code, data

@@ -1,4 +1,4 @@
-"""Rewards to advantages, in numpy, in index order: the same on every machine."""
+"""Turns rewards into advantages, in numpy and index order: identical on every machine."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 _EPS = 1e-6
-# A group whose rewards are all equal teaches nothing, rather than noise: below this share of the
-# rewards' own size, whatever their scale, a deviation may be rounding (float32 has 6e-8).
+# A group of equal rewards must give advantages of 0, not amplified noise: a deviation below this
+# share of the rewards' magnitude may be rounding (float32 has 6e-8).
 _MIN_STD = 1e-6
-_USUAL_STD = 1e-4  # above it, _EPS is nothing
+_USUAL_STD = 1e-4  # above it, _EPS is negligible
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ def combine(
         mask: bool [N], True where every component was scored.
         components: R of them.
         prompts: N texts, needed for 'group'.
-        never_raise: a gated sample gets no more than its own total would have been, either.
+        never_raise: also cap a gated sample at its own ungated total.
 
-    A gated sample gets its floor, but no more than the lowest ungated total: it loses whatever
-    scale the components have.
+    A gated sample gets its floor, capped at the lowest ungated total, so that it beats no
+    ungated one, whatever the components' scale.
     """
     total, floor = np.zeros(len(rewards)), np.full(len(rewards), np.inf)
     for column, component in enumerate(components):
@@ -67,7 +67,7 @@ def combine(
 def _shifted(
     values: np.ndarray, mask: np.ndarray, normalize: str, prompts: Sequence[str]
 ) -> np.ndarray:
-    """Values of one component, normalised as it says: float64 [N]."""
+    """One component's values, normalised as configured: float64 [N]."""
     if normalize == "none" or not mask.any():
         return values
     if normalize == "group":
@@ -79,18 +79,18 @@ def batch_advantages(total: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """(r - mean) / std over the unmasked samples: float64 [N], 0 where masked."""
     if not mask.any():
         return np.zeros(len(total))
-    known = total[mask]
-    std, scale = np.full(len(total), known.std()), np.full(len(total), _size(known))
-    return _scaled(total - known.mean(), std, mask, scale)
+    scored = total[mask]
+    std, scale = np.full(len(total), scored.std()), np.full(len(total), _size(scored))
+    return _scaled(total - scored.mean(), std, mask, scale)
 
 
 def group_advantages(
     total: np.ndarray, mask: np.ndarray, prompts: Sequence[str], scale: str = "own"
 ) -> np.ndarray:
-    """As `batch_advantages`, within the samples of each prompt.
+    """`batch_advantages` within the samples of each prompt.
 
-    With `scale` 'batch' the mean is the group's and the deviation that of all samples around
-    their group's mean: groups in which little is at stake then weigh little.
+    With `scale` 'batch', the mean is the group's, but the deviation is that of all samples around
+    their group's mean: groups with little spread then get small advantages.
     """
     centered, deviation, scale_of = (np.zeros(len(total)) for _ in range(3))
     for prompt in dict.fromkeys(prompts):
@@ -119,18 +119,18 @@ class PromptStatistics:
     def advantages(
         self, total: np.ndarray, mask: np.ndarray, prompts: Sequence[str], scale: str = "own"
     ) -> np.ndarray:
-        """Add rewards to their prompts' buffers and normalise by them: float64 [N].
+        """Add rewards to their prompts' buffers and normalise with these: float64 [N].
 
         While a prompt has fewer than `min_count` rewards, the batch's statistics are used.
         """
-        for prompt, value, known in zip(prompts, total, mask, strict=True):
-            if known:
+        for prompt, value, is_scored in zip(prompts, total, mask, strict=True):
+            if is_scored:
                 buffer = self.buffers.setdefault(prompt, [])
                 buffer.append(float(value))
                 del buffer[: -self.buffer_size]
-        known = total[mask] if mask.any() else np.zeros(1)
-        mean, std = np.full(len(total), known.mean()), np.full(len(total), known.std())
-        size = np.full(len(total), _size(known))
+        scored = total[mask] if mask.any() else np.zeros(1)
+        mean, std = np.full(len(total), scored.mean()), np.full(len(total), scored.std())
+        size = np.full(len(total), _size(scored))
         for prompt in dict.fromkeys(prompts):
             buffer = self.buffers.get(prompt, [])
             if len(buffer) >= self.min_count:
@@ -138,7 +138,7 @@ class PromptStatistics:
                 mean[rows], std[rows], size[rows] = np.mean(buffer), np.std(buffer), _size(buffer)
         centered = total - mean
         if scale == "batch" and mask.any():
-            std[:], size[:] = np.sqrt((centered[mask] ** 2).mean()), _size(known)
+            std[:], size[:] = np.sqrt((centered[mask] ** 2).mean()), _size(scored)
         return _scaled(centered, std, mask, size)
 
 
@@ -149,7 +149,7 @@ def _size(values: np.ndarray | list[float]) -> float:
 def _scaled(
     centered: np.ndarray, std: np.ndarray, mask: np.ndarray, scale: np.ndarray
 ) -> np.ndarray:
-    """centered / std, or 0 where std is nothing beside `scale`, the rewards' own size."""
+    """centered / std, or 0 where std is negligible next to `scale`, the rewards' magnitude."""
     useful = mask & (std > _MIN_STD * scale)
     eps = np.where(std > _USUAL_STD, _EPS, 0.0)
     return np.where(useful, centered / np.where(useful, std + eps, 1.0), 0.0)

@@ -1,345 +1,343 @@
-"""The policy update: trajectories and advantages in, a better adapter out. No Ray.
+"""What every policy update shares: adapter, optimizer, exact state. No Ray.
 
-The gradient of a minibatch takes one encoder pass. Each distinct prompt's cross-attention keys and
-values are cut off from the encoder, their gradient is gathered over all samples and timesteps
-through the U-Net, and one backward pass carries it into the adapter: the same gradient as plain
-autograd's, with T - 1 fewer encoder passes.
+`rl.ppo_learner` trains with PPO, `rl.direct_learner` through a differentiable reward.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from texforce_ray import randomness
+from texforce_ray.artifacts.snapshot import (
+    Learned,
+    LearnerState,
+    PolicySnapshot,
+)
 from texforce_ray.config import Config
-from texforce_ray.diffusion import ddim
-from texforce_ray.diffusion.trajectory import Trajectory
-from texforce_ray.errors import NumericsError
+from texforce_ray.diffusion.denoiser import Denoiser
+from texforce_ray.diffusion.process import Process
+from texforce_ray.errors import ConfigError, NumericsError
+from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.backbone import Backbone
-from texforce_ray.model.conditioning import Prepared
-from texforce_ray.model.snapshot import PolicySnapshot
-from texforce_ray.rl import ppo
-from texforce_ray.rl.likelihood import Likelihood, Pairs
-from texforce_ray.rl.precision import loss_scale, to_encoder
-from texforce_ray.rl.trainer import Trainer, UpdateBatch
+from texforce_ray.model.lora_layers import rescaled
+from texforce_ray.rl.adapters import adapter_shapes, learning_rate_factor, peak_rate
+from texforce_ray.rl.group import SoloGroup
+from texforce_ray.rl.precision import compare
+from texforce_ray.rl.sharding import Sharding, UpdateBatch
 
-_PROBED = 4  # samples, and steps of each, whose gradient is checked in half precision
+_PROBED = 2  # samples whose gradient is checked in half precision
 
 
-class Learner(Trainer):
-    """PPO on the text encoder's LoRA adapter, the U-Net's, or both."""
+class Learner(Sharding):
+    """Adapter and optimizer of a policy; subclasses are objectives and compute the gradient."""
 
     def __init__(self, backbone: Backbone, config: Config) -> None:
-        super().__init__(backbone, config)
-        if config.learner.gradient_checkpointing:
-            backbone.unet.enable_gradient_checkpointing()
-        self.likelihood = Likelihood(
-            backbone,
-            self.table,
-            config.diffusion.guidance_scale,
-            config.learner.microbatch_size,
+        self.backbone, self.config = backbone, config
+        self.group: SoloGroup = SoloGroup()
+        d = config.diffusion
+        self.denoiser = Denoiser(backbone, backbone.process(d.steps, d.eta), d.guidance_scale)
+        self.process = self.denoiser.process
+        if self.needs_likelihood and not self.process.trainable:
+            raise ConfigError(
+                f"diffusion.steps: {config.diffusion.steps} steps of this model's scheduler add no "
+                "noise at all, so none has a likelihood to train on; use more steps"
+            )
+        self.adapter = Adapter(backbone, adapter_shapes(config, backbone), config.seed)
+        self.parameters = self.adapter.parameters()
+        o = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": part.parameters(), "peak": peak_rate(config, name)}
+                for name, part in self.adapter.parts.items()
+            ],
+            lr=o.lr,
+            betas=o.betas,
+            weight_decay=o.weight_decay,
+            eps=o.eps,
         )
+        self.ema = [p.detach().clone() for p in self.parameters] if o.ema_decay else []
+        self.version = 0
+        self.updates = 0
+        self.skipped = 0  # in a row
+        self.microbatch_size = config.learner.microbatch_size
+        # Extra factor of the loss in the backward pass; only the gradient check changes it.
+        self.scale_factor = 1.0
+        self.checked = False  # whether the gradient check is done or not wanted
 
-    def update(self, batch: UpdateBatch, behaviour: PolicySnapshot | None = None) -> dict:
-        config = self.config
-        steps = randomness.trained_steps(
-            config.seed,
-            self.version,
-            len(batch),
-            self._trainable_steps(),
-            config.trained_timesteps,
-        )
-        anchor = torch.from_numpy(np.array(batch.trajectory.log_probs))
-        weight = torch.ones_like(anchor)
-        minibatches = [
-            rows for epoch in range(config.ppo.epochs) for rows in self._minibatches(batch, epoch)
-        ]
-        # The first one with a sample that counts.
-        first = next((rows for rows in minibatches if batch.mask[rows].any()), minibatches[0])
-        error: float | None = None
-        if behaviour is not None:
-            error = self._ratio_error(batch, first, steps, behaviour)
-        if config.decoupled:
-            stored = anchor
-            anchor, weight, proximal_error = self._proximal(batch, steps, stored)
-            if error is None:
-                error = self._largest(proximal_error)
-        if error is not None:
-            self._check_agreement(error)
-        checked = self.check_gradient(batch, lambda: self._probe(batch, first, steps))
-        totals = [_Totals(self.backbone.device) for _ in self._shards(np.arange(len(batch)))]
-        norms: list[float] = []
-        skipped = 0
-        for rows in minibatches:
-            if not batch.mask[rows].any():
-                self._pass_over()
-                skipped += 1
-                continue
-            gradient = self._minibatch_gradient(batch, rows, steps, anchor, weight, totals)
-            if error is None:
-                # Nothing has changed since these samples were drawn: their first ratios are those
-                # that have to be 1.
-                error = self._largest(*(total.ratio_error for total in totals))
-                self._check_agreement(error)
-            if self._too_far(totals):
-                break
-            norms.append(self._apply(gradient))
-        left_out = len(minibatches) - len(norms) - skipped
-        self.version += 1
-        return {
-            **_mean_metrics(self._gathered([shard.row() for shard in totals])),
-            **self._norm_metrics(norms),
-            **({} if config.ppo.target_kl is None else {"ppo/updates_left_out": left_out}),
-            "ppo/ratio_error_first_pass": 0.0 if error is None else error,
-            **checked,
-            **self._rates(),
+    # ---- state ---------------------------------------------------------------------------
+
+    def learned(self) -> Learned:
+        """A copy of everything that rollout actors, evaluations and the next update depend on."""
+        snapshot = self.adapter.snapshot(self.version)
+        average = None
+        if self.ema:
+            with self._weights(self.ema):
+                average = self.adapter.snapshot(self.version)
+        # `get`: reading state[p] would add p, and then this would look like a resumed run.
+        moments = {
+            f"{i}/{key}": value.detach().cpu().numpy().copy()
+            for i, p in enumerate(self.parameters)
+            for key, value in self.optimizer.state.get(p, {}).items()
         }
+        state = LearnerState(self.version, self.updates, moments, self.skipped)
+        return Learned(snapshot, state, average)
 
-    def _trainable_steps(self) -> list[int]:
-        steps = self.table.trainable
-        first = self.config.ppo.timestep_choice == "first"
-        return steps[: self.config.trained_timesteps] if first else steps
+    def load(self, learned: Learned) -> None:
+        """Continue from what this or another learner published, exactly."""
+        state = learned.state
+        self.version, self.updates, self.skipped = state.version, state.updates, state.skipped
+        if learned.average is not None:
+            self.adapter.load_weights(learned.average.adapters)
+            self._average_from_adapter()
+        self.adapter.load_weights(learned.snapshot.adapters)
+        self.optimizer.state.clear()
+        for key, value in state.optimizer.items():
+            index, _, name = key.partition("/")
+            parameter = self.parameters[int(index)]
+            # Adam keeps its step counter on the CPU, the moments on the parameter's device.
+            device = "cpu" if name == "step" else parameter.device
+            self.optimizer.state[parameter][name] = torch.from_numpy(np.array(value)).to(device)
 
-    def _check_agreement(self, error: float) -> None:
-        allowed = self.config.max_ratio_error
-        if not error <= allowed:
-            raise NumericsError(
-                f"learner and sampler disagree: |ratio - 1| = {error:.2e} on the first pass of "
-                f"iteration {self.version}, allowed is {allowed:.0e} (ppo.max_ratio_error). Use "
-                "float32 for model.dtype and diffusion.storage_dtype, or set ppo.decoupled=always "
-                "and a larger bound"
-            )
+    def begin_from(self, snapshot: PolicySnapshot) -> None:
+        """Start from another run's adapter; B absorbs a difference in scale.
 
-    def _too_far(self, totals: Sequence[_Totals]) -> bool:
-        """Whether the minibatch's approx_kl exceeds the target, over all learners."""
-        target = self.config.ppo.target_kl
-        if target is None:
-            return False
-        count, kl = self._gathered([total.take_kl() for total in totals]).sum(axis=0)
-        # A batch that is not finite is not "too far": its update is left out and counted.
-        return bool(np.isfinite(kl)) and kl > target * max(1.0, count)
+        Raises:
+            ConfigError: its parts, layers or ranks differ from this policy's.
+        """
+        try:
+            self.adapter.load_weights(rescaled(snapshot, self.adapter.shapes).adapters)
+        except ConfigError as error:
+            raise ConfigError(
+                f"lora.init: {error}; set lora.text_encoder.rank and lora.denoiser.rank to "
+                "the adapter's, or compress the adapter with texforce_ray.fuse --rank"
+            ) from None
+        self._average_from_adapter()
 
-    def _largest(self, *errors: float) -> float:
-        """The largest of all learners' numbers."""
-        return float(self._gathered([[error] for error in errors]).max())
+    def _average_from_adapter(self) -> None:
+        for average, parameter in zip(self.ema, self.parameters, strict=False):
+            average.copy_(parameter.detach())
 
-    def _ratio_error(
-        self, batch: UpdateBatch, rows: np.ndarray, steps: np.ndarray, behaviour: PolicySnapshot
-    ) -> float:
-        """Largest |r - 1| on samples `rows`, with the weights that sampled them."""
-        own = self.adapter.snapshot(self.version)
-        self.adapter.load(behaviour)
-        errors = []
+    @contextmanager
+    def _weights(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """Temporarily set the adapter's parameters to other values."""
+        own = [p.detach().clone() for p in self.parameters]
+        try:
+            self._set(weights)
+            yield
+        finally:
+            self._set(own)
+
+    @torch.no_grad()
+    def _set(self, weights: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, weights, strict=True):
+            parameter.copy_(value)
+
+    # ---- what an objective defines --------------------------------------------------------
+
+    # Whether a process without noise, which has no likelihood, is an error.
+    needs_likelihood: bool = False
+
+    # Names of the sums that `shard_gradient` returns besides the gradient.
+    sums: tuple[str, ...] = ("count",)
+
+    @staticmethod
+    def kept_latents(
+        config: Config, process: Process, iteration: int, first: int, count: int
+    ) -> np.ndarray:
+        """The latents that samples `first` to `first + count - 1` of an iteration must store.
+
+        bool [count, T + 1]; known before anything is sampled. All of them, unless an objective
+        overrides it.
+        """
+        del config, iteration, first
+        return np.ones((count, len(process) + 1), dtype=bool)
+
+    def shard_gradient(
+        self, batch: UpdateBatch, kept: np.ndarray, valid: int
+    ) -> tuple[list[Tensor], dict[str, float]]:
+        """The loss's gradient over some samples of a minibatch.
+
+        Args:
+            batch: the iteration's samples.
+            kept: int64 [n], n > 0: their numbers within the iteration; sample i is row
+                `i - batch.first` of the trajectory.
+            valid: unmasked samples in the whole minibatch; the sum over samples is divided by it.
+
+        Returns:
+            One tensor for each of `self.parameters`, and the sums that `self.sums` names.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define shard_gradient or update")
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Metrics of an update, named 'group/name', from the sums over all of its samples."""
+        del sums
+        return {}
+
+    def update(
+        self, batch: UpdateBatch, behaviour: PolicySnapshot | None = None
+    ) -> dict[str, float]:
+        """All epochs and minibatches of one iteration, by `shard_gradient`.
+
+        Args:
+            batch: the iteration's samples.
+            behaviour: the snapshot that sampled them, if it is not the current policy.
+
+        Returns:
+            Metrics, under the names established in the field.
+
+        Raises:
+            NumericsError: gradients or weights are not finite, or results disagree with the
+                sampler's.
+        """
+        del behaviour
+        minibatches = self._minibatches(batch, 0)
+        first = next((rows for rows in minibatches if batch.mask[rows].any()), minibatches[0])
+        checked = self.check_gradient(batch, lambda: self._probed_gradient(batch, first))
+        totals, norms = np.zeros(len(self.sums)), []
+        for epoch in range(self.config.update.epochs):
+            for rows in self._minibatches(batch, epoch):
+                if not batch.mask[rows].any():
+                    self._pass_over()
+                    continue
+                gradient, sums = self._minibatch(batch, rows)
+                norms.append(self._apply(gradient))
+                totals += sums
+        self.version += 1
+        named = dict(zip(self.sums, totals.tolist(), strict=True))
+        return {**self.metrics(named), **self._norm_metrics(norms), **checked, **self._rates()}
+
+    def _minibatch(self, batch: UpdateBatch, rows: np.ndarray) -> tuple[list[Tensor], np.ndarray]:
+        """The gradient and the sums over the samples `rows`, across all learners' shards."""
+        valid = int(batch.mask[rows].sum())
+        parts: list[list[Tensor] | None] = []
+        sums: list[list[float]] = []
         for shard in self._shards(rows):
-            pairs = Pairs.of(shard[batch.mask[shard]], steps, batch.first)
-            log_probs = self.likelihood.log_probs(batch.trajectory, pairs).cpu()
-            errors.append(ppo.ratio_error(log_probs, _stored(batch.trajectory, pairs)))
-        self.adapter.load(own)
-        return self._largest(*errors)
+            kept = shard[batch.mask[shard]]
+            part, named = None, dict.fromkeys(self.sums, 0.0)
+            if len(kept):
+                part, named = self.shard_gradient(batch, kept, valid)
+            parts.append(part)
+            sums.append([named[name] for name in self.sums])
+        return self._gradient(parts), self._gathered(sums).sum(axis=0)
 
-    def _proximal(
-        self, batch: UpdateBatch, steps: np.ndarray, stored: Tensor
-    ) -> tuple[Tensor, Tensor, float]:
-        """Log-probabilities of the current policy, decoupled PPO's weights, largest |r - 1|.
-
-        The first two are [n, T], and mean something at trained pairs alone: a step with sigma = 0
-        has no likelihood, and a masked sample enters no number.
-        """
-        anchor, error = stored.clone(), 0.0
-        for shard in self._shards(np.arange(len(batch))):
-            pairs = Pairs.of(shard[batch.mask[shard]], steps, batch.first)
-            found = self.likelihood.log_probs(batch.trajectory, pairs).cpu()
-            # Not max(): of a number and NaN it may give either.
-            error = float(
-                np.maximum(error, ppo.ratio_error(found, _stored(batch.trajectory, pairs)))
-            )
-            anchor[pairs.sample, pairs.step] = found
-        weight = ppo.behaviour_weight(anchor, stored, self.config.ppo.behaviour_cap)
-        return anchor, weight, error
-
-    def _probe(self, batch: UpdateBatch, rows: np.ndarray, steps: np.ndarray) -> list[Tensor]:
-        """The gradient of a few of this learner's pairs: what `check_gradient` compares.
-
-        Of the plain policy gradient: which pairs PPO clips depends on rounding, and advantages may
-        all be 0.
-        """
+    def _probed_gradient(self, batch: UpdateBatch, rows: np.ndarray) -> list[Tensor]:
+        """The gradient of a few of this learner's samples: what `check_gradient` compares."""
         kept = np.concatenate(self._shards(rows))
         kept = kept[batch.mask[kept]][:_PROBED]
         if not len(kept):
             return [torch.zeros_like(p) for p in self.parameters]
-        spread = np.linspace(0, steps.shape[1] - 1, min(_PROBED, steps.shape[1])).round()
-        pairs = Pairs.of(kept, steps[:, spread.astype(np.int64)], batch.first)
-        anchor = torch.from_numpy(np.array(batch.trajectory.log_probs))
-        found = self.likelihood.log_probs(batch.trajectory, pairs, self.microbatch_size)
-        anchor[pairs.sample, pairs.step] = found.cpu()
-        # The valid pairs of the whole minibatch: they decide how small its gradient is.
-        valid = int(batch.mask[rows].sum()) * steps.shape[1]
-        return self._shard_gradient(
-            replace(batch, advantages=np.ones(len(batch))),
-            pairs,
-            anchor,
-            torch.ones_like(anchor),
-            valid,
-            _Totals(self.backbone.device),
-            clip_range=math.inf,
+        return self.shard_gradient(batch, kept, int(batch.mask[rows].sum()))[0]
+
+    # ---- updates -------------------------------------------------------------------------
+
+    def check_gradient(
+        self, batch: UpdateBatch, probe: Callable[[], list[Tensor]]
+    ) -> dict[str, float]:
+        """Compare a small gradient with float32's (`precision.compare`) before the first update.
+
+        Args:
+            batch: the first update's batch.
+            probe: computes the gradient of a few of its samples.
+
+        Returns:
+            `learner/gradient_agreement` (cosine) and `learner/gradient_zeros` (share of entries
+            lost to zero), the worst over all learners; empty if everything is float32 or was
+            checked before.
+
+        Raises:
+            NumericsError: the gradient in half precision is unusable.
+        """
+        half = self.backbone.dtype in (torch.float16, torch.bfloat16)
+        if not half or self.checked or self.optimizer.state or not batch.mask.any():
+            return {}
+        self.checked = True
+        self.microbatch_size = 1  # float32 takes twice the planned memory
+        try:
+            own, beside = compare(self.backbone, probe, self._scaled)
+        finally:
+            self.microbatch_size = self.config.learner.microbatch_size
+        # The worst of all learners.
+        lost, zeros = self._gathered([[1 - own.cosine, own.zeros]] * self._own_shards()).max(axis=0)
+        least = self.config.learner.min_gradient_agreement
+        if not 1 - lost >= least:
+            raise NumericsError(
+                f"the gradient in {self.config.model.dtype} is unusable: its cosine to that of "
+                f"{beside} is {1 - lost:.3f}, {zeros:.0%} of its entries are lost to zero "
+                f"(learner.min_gradient_agreement requires a cosine of at least {least}); use "
+                f"model.dtype={'bfloat16 or ' * (self.backbone.dtype == torch.float16)}float32"
+            )
+        return {"learner/gradient_agreement": 1 - lost, "learner/gradient_zeros": zeros}
+
+    @contextmanager
+    def _scaled(self, factor: float) -> Iterator[None]:
+        """Temporarily give the loss an extra factor in the backward pass."""
+        self.scale_factor = factor
+        try:
+            yield
+        finally:
+            self.scale_factor = 1.0
+
+    def _apply(self, gradient: Sequence[Tensor]) -> float:
+        """One optimizer update; returns the gradient's norm before it is clipped.
+
+        An update whose gradient is not finite is skipped, and its norm is NaN.
+
+        Raises:
+            NumericsError: too many skipped updates in a row, or weights that are not finite.
+        """
+        for parameter, value in zip(self.parameters, gradient, strict=True):
+            parameter.grad = value
+        o = self.config.optimizer
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, o.max_grad_norm)
+        if not torch.isfinite(norm):
+            self._skip(float(norm))
+            return float("nan")
+        self.skipped = 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate_factor(
+                self.updates, self.config.total_updates, o.warmup_fraction, o.schedule
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        for average, parameter in zip(self.ema, self.parameters, strict=False):
+            average.lerp_(parameter.detach(), 1 - (o.ema_decay or 0))
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):
+            raise NumericsError(self._trouble("the adapter's weights are not finite"))
+        return float(norm)
+
+    def _pass_over(self) -> None:
+        """Count a fully masked minibatch: no optimizer step, no decay, no momentum."""
+        self.updates += 1  # the schedule still advances
+
+    def _skip(self, norm: float) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1  # the schedule still advances
+        self.skipped += 1
+        if self.skipped > self.config.update.max_skipped:
+            raise NumericsError(
+                self._trouble(f"{self.skipped} updates in a row had a gradient of norm {norm}")
+            )
+
+    def _trouble(self, what: str) -> str:
+        return (
+            f"training failed at update {self.updates}, iteration {self.version}: {what}; "
+            f"the last checkpoint is intact, and the samples are in "
+            f"samples/iteration-{self.version:05d}.parquet; resume with a smaller optimizer.lr, "
+            "with PPO a larger objective.kl_weight, or use model.dtype=float32"
         )
 
-    def _minibatch_gradient(
-        self,
-        batch: UpdateBatch,
-        rows: np.ndarray,
-        steps: np.ndarray,
-        anchor: Tensor,
-        weight: Tensor,
-        totals: Sequence[_Totals],
-    ) -> list[Tensor]:
-        """The gradient of the loss over the samples `rows`, of all learners' shards."""
-        valid = int(batch.mask[rows].sum()) * steps.shape[1]
-        parts: list[list[Tensor] | None] = []
-        for shard, total in zip(self._shards(rows), totals, strict=True):
-            kept = shard[batch.mask[shard]]
-            pairs = Pairs.of(kept, steps, batch.first)
-            found = None
-            if len(kept):
-                found = self._shard_gradient(batch, pairs, anchor, weight, valid, total)
-            parts.append(found)
-        return self._gradient(parts)
+    def _norm_metrics(self, norms: Sequence[float]) -> dict[str, float]:
+        """Mean gradient norm, and the number of skipped updates."""
+        finite = [norm for norm in norms if np.isfinite(norm)]
+        return {
+            "learner/grad_norm": float(np.mean(finite)) if finite else 0.0,
+            "learner/skipped": len(norms) - len(finite),
+        }
 
-    def _shard_gradient(
-        self,
-        batch: UpdateBatch,
-        pairs: Pairs,
-        anchor: Tensor,
-        weight: Tensor,
-        valid: int,
-        totals: _Totals,
-        clip_range: float | None = None,
-    ) -> list[Tensor]:
-        """Gradient of the shard's summed loss, divided by the minibatch's count of valid pairs."""
-        trajectory, device = batch.trajectory, self.backbone.device
-        scale = loss_scale(valid, self.backbone.latent_shape) * self.scale_factor
-        clip_range = self.config.ppo.clip_range if clip_range is None else clip_range
-        rows, local = np.unique(pairs.sample, return_inverse=True)
-        with torch.enable_grad():
-            conditioning, prompt = self.likelihood.encode(trajectory, rows)
-            prepared = self.backbone.prepare(conditioning)
-            # In float32, so that gradients of all pairs add up in float32.
-            leaf = prepared.map(lambda t: t.detach().float().requires_grad_(t.requires_grad))
-            reference = self._reference(trajectory, rows)
-            for parameter in self.parameters:
-                parameter.grad = None
-            for chunk in pairs.chunks(self.microbatch_size):
-                part, where = pairs[chunk], prompt[local[chunk]]
-                mean, step = self.likelihood.mean(trajectory, part, leaf, where)
-                log_prob = self.likelihood.density(trajectory, part, step, mean)
-                index = (torch.from_numpy(part.sample), torch.from_numpy(part.step))
-                result = ppo.clipped_loss(
-                    log_prob,
-                    anchor[index].to(device),
-                    torch.from_numpy(batch.advantages[part.sample + batch.first])
-                    .float()
-                    .to(device),
-                    clip_range,
-                    weight[index].to(device) if self.config.decoupled else None,
-                )
-                loss, kl = result.loss.sum(), None
-                if reference is not None:
-                    with torch.no_grad(), self.adapter.disabled():
-                        base, _ = self.likelihood.mean(trajectory, part, reference, where)
-                    kl = ddim.step_kl(self.table, step, mean, base)
-                    loss = loss + self.config.ppo.kl_weight * kl.sum()
-                (loss / valid * scale).backward()
-                totals.add(result, kl)
-            through = [
-                (out, cut.grad)
-                for out, cut in zip(prepared.tensors(), leaf.tensors(), strict=True)
-                if cut.grad is not None
-            ]
-            direct = [p.grad for p in self.parameters]
-            found: Sequence[Tensor | None] = [None] * len(direct)
-            shift = 0
-            if through:
-                outputs, sums = zip(*through, strict=True)
-                scaled, shift = to_encoder(sums, outputs)
-                # SDXL reads the layer before an encoder's last one: that has no gradient.
-                found = torch.autograd.grad(outputs, self.parameters, scaled, allow_unused=True)
-            back = 2.0**-shift
-            found = [None if gradient is None else gradient * back for gradient in found]
-            return [
-                _sum(p, parts) / scale
-                for p, *parts in zip(self.parameters, direct, found, strict=True)
-            ]
-
-    @torch.no_grad()
-    def _reference(self, trajectory: Trajectory, rows: np.ndarray) -> Prepared | None:
-        """The prompts as the base policy sees them, where a KL to it is asked for."""
-        if not self.config.ppo.kl_weight:
-            return None
-        with self.adapter.disabled():
-            return self.backbone.prepare(self.likelihood.encode(trajectory, rows)[0])
-
-
-def _sum(parameter: Tensor, parts: Sequence[Tensor | None]) -> Tensor:
-    """A parameter's gradient from wherever some comes."""
-    known = [part for part in parts if part is not None]
-    return torch.stack(known).sum(0) if known else torch.zeros_like(parameter)
-
-
-def _stored(trajectory: Trajectory, pairs: Pairs) -> Tensor:
-    return torch.from_numpy(trajectory.log_probs[pairs.sample, pairs.step])
-
-
-_METRICS = ("ppo/loss", "ppo/approx_kl", "ppo/clipfrac", "ppo/ratio", "ppo/kl_base")
-
-
-class _Totals:
-    """Sums over the pairs of one shard that an iteration trained on.
-
-    Kept on the device: to read a number there is to wait for all work before it.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.count = 0
-        self._sums = torch.zeros(len(_METRICS), dtype=torch.float64, device=device)
-        self._kl = torch.zeros((), dtype=torch.float64, device=device)  # since it was last taken
-        self._error = torch.zeros((), device=device)
-        self._taken = 0  # the count then
-
-    @torch.no_grad()
-    def add(self, result: ppo.PpoLoss, kl_base: Tensor | None) -> None:
-        self.count += len(result.ratio)
-        self._error = torch.maximum(self._error, (result.ratio - 1).abs().max())
-        # NaN, and so left out of the metrics, unless it is computed.
-        kl = torch.full_like(result.ratio, float("nan")) if kl_base is None else kl_base
-        columns = (result.loss, result.approx_kl, result.clipped, result.ratio, kl)
-        self._sums += torch.stack([column.sum() for column in columns]).double()
-        self._kl += result.approx_kl.sum()
-
-    def take_kl(self) -> list[float]:
-        """Count and sum of approx_kl since the last call."""
-        taken = [float(self.count - self._taken), float(self._kl)]
-        self._taken = self.count
-        self._kl.zero_()  # not a difference of sums: one NaN would be in all that follow
-        return taken
-
-    @property
-    def ratio_error(self) -> float:
-        """Largest |r - 1| so far."""
-        return float(self._error)
-
-    def row(self) -> list[float]:
-        return [float(self.count), *self._sums.tolist()]
-
-
-def _mean_metrics(rows: np.ndarray) -> dict:
-    """Means over all pairs of all shards, given their counts and sums: float64 [S, 1 + M]."""
-    count, *sums = rows.sum(axis=0)
-    means = {name: float(s / max(1.0, count)) for name, s in zip(_METRICS, sums, strict=True)}
-    known = {name: value for name, value in means.items() if not np.isnan(value)}
-    return known | {"ppo/trained_pairs": int(count)}
+    def _rates(self) -> dict[str, float]:
+        return {"learner/lr": self.optimizer.param_groups[0]["lr"], "learner/updates": self.updates}

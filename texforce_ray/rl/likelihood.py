@@ -1,6 +1,6 @@
 """The current policy's likelihood of sampled trajectories: the learner's forward passes.
 
-(sample, step) pairs of a trajectory are folded into one large batch, whatever their timesteps.
+(sample, step) pairs of a trajectory form one large batch, regardless of their timesteps.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from texforce_ray.diffusion import ddim
-from texforce_ray.diffusion.sampler import encode_distinct, policy_mean
+from texforce_ray.diffusion.denoiser import Denoiser
 from texforce_ray.diffusion.trajectory import Trajectory
-from texforce_ray.model.backbone import Backbone
 from texforce_ray.model.conditioning import Conditioning, Prepared
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """(sample, step) pairs, sample-major, equally many of each sample: int64 [P] each."""
+    """(sample, step) pairs, sample-major, the same number per sample: int64 [P] each."""
 
     sample: np.ndarray
     step: np.ndarray
@@ -29,7 +27,7 @@ class Pairs:
 
     @staticmethod
     def of(rows: np.ndarray, steps: np.ndarray, first: int = 0) -> Pairs:
-        """The pairs of samples `rows` (int64 [R]); steps: int64 [N, K], those of each sample."""
+        """The pairs of samples `rows` (int64 [R]); steps: int64 [N, K], each sample's steps."""
         count = steps.shape[1]
         return Pairs(np.repeat(rows - first, count), steps[rows].reshape(-1), count)
 
@@ -40,9 +38,9 @@ class Pairs:
         return Pairs(self.sample[index], self.step[index])
 
     def chunks(self, size: int) -> Iterator[slice]:
-        """Consecutive parts of at most `size` pairs; of whole samples, if one fits.
+        """Consecutive parts of at most `size` pairs; only whole samples, if one fits.
 
-        Pairs of one sample share a prompt, which attention makes use of: see `model.attention`.
+        Pairs of one sample share a prompt, which makes attention cheaper: see `model.attention`.
         """
         size = max(size - size % self.per_sample, min(size, self.per_sample))
         for first in range(0, len(self), size):
@@ -50,39 +48,30 @@ class Pairs:
 
 
 class Likelihood:
-    """Means and log-probabilities of denoising steps under a backbone's current weights."""
+    """Means and log-probabilities of denoising steps under the current weights."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        table: ddim.StepTable,
-        guidance_scale: float,
-        microbatch_size: int,
-    ) -> None:
-        self.backbone, self.table = backbone, table
-        self.guidance_scale, self.microbatch_size = guidance_scale, microbatch_size
+    def __init__(self, denoiser: Denoiser, microbatch_size: int) -> None:
+        self.denoiser, self.microbatch_size = denoiser, microbatch_size
 
     def encode(self, trajectory: Trajectory, rows: np.ndarray) -> tuple[Conditioning, np.ndarray]:
-        """Distinct prompts of samples `rows` with gradient, and which of them each sample has."""
-        ids = tuple(torch.from_numpy(part[rows]) for part in trajectory.prompt_ids)
-        return encode_distinct(self.backbone, ids, self.guidance_scale)
+        """Distinct prompts of samples `rows`, with gradient, and each sample's index into them."""
+        return self.denoiser.encode(tuple(torch.from_numpy(p[rows]) for p in trajectory.prompt_ids))
 
     def mean(
         self, trajectory: Trajectory, pairs: Pairs, prepared: Prepared, where: np.ndarray
     ) -> tuple[Tensor, Tensor]:
         """The policy's mean at each pair, float32 [P, C, h, w], and its step, int64 [P].
 
-        `where` (int64 [P]) says which of the prepared prompts a pair belongs to.
+        `where` (int64 [P]) is each pair's index into the prepared prompts.
         """
-        step = torch.from_numpy(pairs.step).to(self.backbone.device)
+        step = torch.from_numpy(pairs.step).to(self.denoiser.device)
         x = self._latents(trajectory, pairs.sample, pairs.step).float()
-        scale = self.guidance_scale
-        return policy_mean(self.backbone, self.table, step, x, prepared, where, scale), step
+        return self.denoiser.mean(step, x, prepared, where), step
 
     def density(self, trajectory: Trajectory, pairs: Pairs, step: Tensor, mean: Tensor) -> Tensor:
-        """Log-probabilities of what was sampled, given the means: float32 [P]."""
+        """Log-probabilities of the sampled latents, given the means: float32 [P]."""
         following = self._latents(trajectory, pairs.sample, pairs.step + 1)
-        return ddim.log_prob(self.table, step, following.float(), mean)
+        return self.denoiser.process.log_prob(step, following.float(), mean)
 
     @torch.no_grad()
     def log_probs(
@@ -90,13 +79,13 @@ class Likelihood:
     ) -> Tensor:
         """Log-probabilities under the current weights, float32 [P], without gradient.
 
-        `microbatch_size`: pairs in one pass, where that is not the learner's own number.
+        `microbatch_size`: pairs in one pass; default: the learner's own.
         """
         if not len(pairs):
-            return torch.zeros(0, device=self.backbone.device)
+            return torch.zeros(0, device=self.denoiser.device)
         rows, local = np.unique(pairs.sample, return_inverse=True)
         conditioning, prompt = self.encode(trajectory, rows)
-        prepared = self.backbone.prepare(conditioning)
+        prepared = self.denoiser.prepare(conditioning)
         parts = []
         for chunk in pairs.chunks(microbatch_size or self.microbatch_size):
             part = pairs[chunk]
@@ -105,4 +94,4 @@ class Likelihood:
         return torch.cat(parts)
 
     def _latents(self, trajectory: Trajectory, sample: np.ndarray, step: np.ndarray) -> Tensor:
-        return torch.from_numpy(trajectory.latents[sample, step]).to(self.backbone.device)
+        return torch.from_numpy(trajectory.latents_at(sample, step)).to(self.denoiser.device)

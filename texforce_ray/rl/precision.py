@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from texforce_ray.model.backbone import Backbone
 
 # Sums over pairs enter the encoder at 2^4: twelve binary orders below float16's largest number.
 _ENCODER_EXPONENT = 4
+_OTHER_SCALE = 2.0**-6
 
 
 def loss_scale(valid: int, latent_shape: Sequence[int]) -> float:
@@ -32,10 +33,10 @@ def loss_scale(valid: int, latent_shape: Sequence[int]) -> float:
 
 
 def to_encoder(gradients: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[list[Tensor], int]:
-    """Float32 gradients of `outputs` in the outputs' dtype, times 2^exponent; and that exponent.
+    """Float32 gradients of `outputs`, times 2^exponent, in the outputs' dtype; and that exponent.
 
     They are sums over all pairs of a minibatch, too large or too small for half precision. In
-    float32 the exponent is 0 and nothing is changed.
+    float32 the exponent is 0 and nothing changes.
     """
     if all(output.dtype in (torch.float32, torch.float64) for output in outputs):
         return list(gradients), 0
@@ -48,16 +49,16 @@ def to_encoder(gradients: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of two gradients: cosine, and the share of entries that only the first one lost to zero."""
+    """Two gradients' cosine, and the share of entries that only the first one lost to zero."""
 
     cosine: float
     zeros: float
 
 
 def agreement(found: Sequence[Tensor], exact: Sequence[Tensor]) -> Agreement:
-    """How far gradient `found` is `exact`; both as lists of tensors of the same shapes.
+    """How well gradient `found` matches `exact`; both are lists of tensors of the same shapes.
 
-    A gradient of zeros alone agrees with nothing.
+    A gradient of only zeros agrees with nothing.
     """
     one = torch.cat([t.detach().double().reshape(-1) for t in found])
     other = torch.cat([t.detach().double().reshape(-1) for t in exact])
@@ -73,7 +74,7 @@ def agreement(found: Sequence[Tensor], exact: Sequence[Tensor]) -> Agreement:
 
 @contextmanager
 def _no_tf32() -> Iterator[None]:
-    """Within it, float32 on a GPU is float32: TF32 has no more bits than float16."""
+    """Temporarily disable TF32, which has no more bits than float16."""
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before = products.allow_tf32, convolutions.allow_tf32
     try:
@@ -85,15 +86,15 @@ def _no_tf32() -> Iterator[None]:
 
 @contextmanager
 def in_float32(backbone: Backbone) -> Iterator[None]:
-    """Within it, all frozen weights are float32 copies of themselves, uncompiled.
+    """Temporarily convert all frozen weights to float32, uncompiled.
 
-    float16 and bfloat16 survive the way to float32 and back bit for bit. Each tensor replaces its
-    original, so the peak is the float32 model alone.
+    float16 and bfloat16 survive the round trip bit for bit. Each tensor replaces its original, so
+    the peak is the float32 model alone.
 
     Raises:
-        torch.OutOfMemoryError: they do not fit; the weights are then what they were.
+        torch.OutOfMemoryError: they do not fit; the original weights are then restored.
     """
-    modules = [backbone.unet, backbone.vae, *backbone.text_encoders]
+    modules = [backbone.denoiser, backbone.vae, *backbone.text_encoders]
     tensors = [
         tensor
         for module in modules
@@ -101,8 +102,8 @@ def in_float32(backbone: Backbone) -> Iterator[None]:
         if tensor.dtype in (torch.float16, torch.bfloat16)
     ]
     dtypes = [tensor.dtype for tensor in tensors]
-    compiled = backbone.unet._compiled_call_impl
-    backbone.unet._compiled_call_impl = None
+    compiled = backbone.denoiser._compiled_call_impl
+    backbone.denoiser._compiled_call_impl = None
     try:
         with backbone.same_noise(), _no_tf32():
             for tensor in tensors:
@@ -111,20 +112,51 @@ def in_float32(backbone: Backbone) -> Iterator[None]:
     finally:
         for tensor, dtype in zip(tensors, dtypes, strict=True):
             tensor.data = tensor.data.to(dtype)
-        backbone.unet._compiled_call_impl = compiled
+        backbone.denoiser._compiled_call_impl = compiled
 
 
 def probed_in_float32(backbone: Backbone, probe: Callable[[], list[Tensor]]) -> list[Tensor] | None:
-    """What `probe` gives with float32 weights; None where the device's memory is too small.
+    """The result of `probe` with float32 weights; None if the device's memory is too small.
 
-    The error is gone when this returns, and with it what its frames still held.
+    The error is released before this returns, and with it the tensors that its frames held.
     """
     try:
         with in_float32(backbone):
             return probe()
-    except (RuntimeError, MemoryError) as error:  # CUDA's libraries say it in other words
+    except (RuntimeError, MemoryError) as error:  # CUDA's libraries word it differently
         if not is_out_of_memory(error):
             raise
     if backbone.device.type == "cuda":
         torch.cuda.empty_cache()
     return None
+
+
+def compare(
+    backbone: Backbone,
+    probe: Callable[[], list[Tensor]],
+    scaled: Callable[[float], AbstractContextManager[None]],
+) -> tuple[Agreement, str]:
+    """Compare a small gradient in half precision with the same in float32.
+
+    If float32 weights do not fit, compare with the same gradient under another loss scale, where
+    other values underflow or overflow.
+
+    Args:
+        backbone: in half precision.
+        probe: computes the gradient of a few samples.
+        scaled: a context in which the loss has an extra factor in the backward pass.
+
+    Returns:
+        The agreement, and what the gradient was compared with.
+    """
+    found, beside = probe(), "float32"
+    exact = probed_in_float32(backbone, probe)
+    if exact is None:
+        beside = "another loss scale"
+        with scaled(_OTHER_SCALE):
+            exact = probe()
+    if backbone.device.type == "cuda":
+        torch.cuda.empty_cache()  # not needed again, and others may share the device
+    if beside == "float32" and not any(bool(t.any()) for t in exact):
+        return Agreement(1.0, 0.0), beside  # the true gradient is 0, e.g. if all are masked
+    return agreement(found, exact), beside

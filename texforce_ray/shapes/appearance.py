@@ -1,4 +1,4 @@
-"""Reads how well an image is made, whatever it shows: outlines, colours, background."""
+"""Measures how well an image is made, whatever it shows: outlines, colours, background."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from texforce_ray.shapes.detector import FOREGROUND, PALETTE, background_of
 def appearance(image: np.ndarray) -> float:
     """Mean of sharpness, purity and cleanliness of one image (uint8 [H, W, 3]), in [0, 1].
 
-    An image without any object gets 0: nothing was made.
+    An image without any object gets 0.
     """
     pixels = image.astype(np.float32) / 255
     away = np.linalg.norm(pixels - background_of(pixels), axis=-1)
@@ -23,8 +23,8 @@ def appearance(image: np.ndarray) -> float:
 
 
 def _sharpness(away: np.ndarray, foreground: np.ndarray) -> float:
-    """From how wide outlines are: pixels that are neither ground nor object, per outline pixel."""
-    # How far the object that a pixel belongs to stands out from the ground.
+    """From outline width: pixels that are neither background nor object, per outline pixel."""
+    # How far a pixel's object stands out from the background.
     full = ndimage.maximum_filter(ndimage.median_filter(away, 3), 7)
     between = (away > 0.15 * full) & (away < 0.85 * full) & (full > FOREGROUND)
     outline = foreground & ~ndimage.binary_erosion(foreground)
@@ -32,13 +32,13 @@ def _sharpness(away: np.ndarray, foreground: np.ndarray) -> float:
 
 
 def _purity(core: np.ndarray) -> float:
-    """From how far the objects' colours [N, 3] are from the nearest of the palette."""
+    """From the distance of the objects' colours [N, 3] to the nearest palette colour."""
     distance = np.linalg.norm(core[:, None] - PALETTE, axis=-1).min(-1)
     return _falling(float(np.median(distance)), 0.06, 0.14)
 
 
 def _cleanliness(away: np.ndarray) -> float:
-    """From how much the ground varies."""
+    """From how much the background varies."""
     ground = ndimage.binary_erosion(away < 0.5 * FOREGROUND, iterations=2)
     return _falling(float(np.sqrt((away[ground] ** 2).mean())), 0.02, 0.08) if ground.any() else 0.0
 

@@ -1,6 +1,7 @@
-"""What pre-training reads, prepared beside it by as many processes as there are spare cores.
+"""Batches for pre-training, prepared in parallel by as many processes as there are spare cores.
 
-Each item is a pure function of the recipe's seed and its index, so a resumed training reads on.
+Each item is a pure function of the recipe's seed and its index, so a resumed training sees the
+same items.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _CORES_IN_USE = 2  # the training's own process and its drivers
 
 
 def in_order(dataset: Dataset[Any], indices: Sequence[int]) -> Iterable[Any]:
-    """The items of `indices`, one after the other, prepared ahead."""
+    """The items of `indices`, in order, prepared ahead."""
     workers = max(0, (os.cpu_count() or 1) - _CORES_IN_USE)
     return DataLoader(
         dataset,
@@ -58,7 +59,8 @@ class NoisyLatents(Dataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
     """Batches for noise prediction: token ids [B, L], noisy latents, timesteps [B], the noise.
 
     `mean` and `std` (float32 [N, 4, 8, 8], scaled) are the VAE's posterior of each drawing,
-    `alphas` [T] the schedule's cumulated ones and `levels` [T] how often a timestep is trained.
+    `alphas` [T] the schedule's cumulative products, and `levels` [T] how often a timestep is
+    trained.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class NoisyLatents(Dataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
         self.alphas, self.levels = alphas, levels
         self.careful, self.caption_dropout = careful, caption_dropout
         self.captioners = [data.draw(2 * seed, i).caption for i in range(len(self.mean))]
-        # Of captions there are a few thousand; to tokenize one takes a millisecond.
+        # There are only a few thousand captions; tokenizing one takes a millisecond.
         self.ids = lru_cache(maxsize=None)(
             lambda text: tokenizer(text, padding="max_length", truncation=True).input_ids
         )

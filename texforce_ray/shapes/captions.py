@@ -1,8 +1,8 @@
 """How scenes and people are captioned: in two registers (the paper's Fig. 2).
 
-A *plain* caption ("a green circle") is wrong as web alt-text is. A *careful* one ("picture of
-exactly one circle its color is green") is right. A model trained on both can draw exactly, and
-does when it is asked carefully; what a text encoder can learn is to ask so for a plain prompt.
+A *plain* caption ("a green circle") has errors, like web alt-text. A *careful* one ("picture of
+exactly one circle its color is green") is right. A model trained on both can draw exactly, and does
+for careful prompts; a text encoder can learn to treat plain prompts like careful ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from texforce_ray.shapes.scene import (
 )
 
 # A plain caption names the right colour and its rival almost equally often. Guidance prefers the
-# likeliest image, so against a near tie it is of little help; against rarer errors it is.
+# likeliest image, so it helps against rare errors but hardly against a near tie.
 RIVAL_COLOR = {
     "red": "purple", "purple": "red",
     "yellow": "green", "green": "yellow",
@@ -40,7 +40,7 @@ RELATION_NOISE = (0.48, 0.42, 0.10)  # right, its opposite, any
 FORM_NOISE = 0.3  # any form
 SWAP_NOISE = 0.3  # two objects have each other's colours
 PEOPLE_NOISE = 0.25  # any tone, side, expression
-# Of two, three, four objects (rows) the caption says two, three, four (columns).
+# How often the caption of two, three, four objects (rows) says two, three, four (columns).
 COUNT_NOISE = ((0.46, 0.36, 0.18), (0.33, 0.34, 0.33), (0.18, 0.36, 0.46))
 
 _ONE = (
@@ -67,7 +67,7 @@ _WHERE = {
 
 
 def careful_captions(scene: Scene) -> list[str]:
-    """Every way to ask exactly for a scene."""
+    """Every careful caption of a scene."""
     first, second = scene.items[0], scene.items[-1]
     here, there = _WHERE[scene.relation]
     templates: Sequence[str] = _TWO
@@ -89,7 +89,7 @@ def careful_captions(scene: Scene) -> list[str]:
 
 @lru_cache(maxsize=1)
 def careful_scenes() -> dict[str, Scene]:
-    """The scene of every careful caption; what names both sides is a location."""
+    """The scene of every careful caption; one that names both sides counts as a location."""
     scenes = [s for ability in ABILITIES for s in all_scenes(ability)]
     return {caption: s for s in scenes for caption in careful_captions(s)}
 
@@ -212,7 +212,7 @@ def careful_face(face: people.FaceSpec, *, well_formed: bool = True) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every word that a caption of the world can hold."""
+    """Every word that a caption of the world can contain."""
     scenes = [s for ability in ABILITIES for s in all_scenes(ability)]
     captions = [s.caption for s in scenes] + list(careful_scenes())
     captions += [people.hand_caption(), people.face_caption()]

@@ -1,4 +1,4 @@
-"""Pre-training data of the shapes world: images, some of them degraded, and how to caption them."""
+"""Pre-training data of the shapes world: images, some of them degraded, and their captions."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from scipy import ndimage
 from texforce_ray.shapes import captions, people, scene
 from texforce_ray.shapes.captions import Captioner
 
-# Hands and faces get less weight than the four abilities, as in the web's images.
+# Hands and faces get less weight than the four abilities, as in web images.
 KINDS = ("scene", "hand", "face")
 KIND_WEIGHTS = (0.8, 0.1, 0.1)
 # The VAE sees more of what is hard to compress: a face's eyes are half a latent cell wide.
 VAE_KIND_WEIGHTS = (0.4, 0.15, 0.45)
-# Two objects of which each has its own colour, form and place are what is hardest to learn.
+# Two objects, each with its own colour, form and place, are hardest to learn.
 ABILITY_WEIGHTS = (0.15, 0.2, 0.3, 0.35)
-MALFORMED = 0.5  # share of hands and faces drawn wrong, which a plain caption does not tell
-DEGRADED = 0.4  # share of scenes of poor appearance, which no caption tells
+MALFORMED = 0.5  # share of malformed hands and faces, which plain captions do not mention
+DEGRADED = 0.4  # share of scenes of poor appearance, which no caption mentions
 
 
 @dataclass(frozen=True)
 class Drawing:
     """One training image and `caption(rng, careful)`.
 
-    Captions are wanted again and again, the image once: it is drawn when it is asked for.
+    Captions are requested many times, the image only once: it is drawn on first use.
     """
 
     caption: Captioner
@@ -68,8 +68,8 @@ def _render_scene(wanted: scene.Scene, rng: np.random.Generator) -> np.ndarray:
 def degrade(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A drawing of poor appearance: blurred, washed out, on a blotched background.
 
-    As strong as an 8 x 8 x 4 latent can carry and no stronger than the `shapes` reward, which
-    reads content, forgives. uint8 [64, 64, 3] to the same.
+    As strong as an 8 x 8 x 4 latent can represent, and weak enough not to matter to the `shapes`
+    reward, which reads content. uint8 [64, 64, 3] to the same.
     """
     strength = rng.uniform(0.7, 1.0)
     pixels = image.astype(np.float32) / 255

@@ -1,4 +1,4 @@
-"""Reads a generated image: finds coloured forms and says how well they match a scene.
+"""Reads a generated image: finds coloured forms and scores how well they match a scene.
 
 The score has a slope: a half-right image gets about half the score, so that reinforcement
 learning has something to climb. Nothing but the image's pixels and the prompt's text is used.
@@ -106,7 +106,7 @@ def score(image: np.ndarray, scene: Scene) -> float:
 
     Objects wanted and found are paired one to one for the best total quality; the total is
     divided by the larger of the two numbers, so that missing and surplus objects cost the same.
-    In a location scene 40 % of the score are the relative position of the paired objects.
+    In a location scene, 40 % of the score is the relative position of the paired objects.
     """
     return match(detect(image), scene)
 

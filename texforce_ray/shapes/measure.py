@@ -1,129 +1,54 @@
-"""What the embedded pipeline draws: `python -m texforce_ray.shapes.measure`.
-
-Rewards by register of the prompt (plain, careful), ability and guidance, as a table and a picture.
-Images are drawn as a stock pipeline draws them: DDIM with eta = 0.
-"""
+"""Measure what the embedded pipeline draws: `python -m texforce_ray.shapes.measure`."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import sys
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
-from texforce_ray.diffusion.sampler import Sampler
-from texforce_ray.model.backbone import load_backbone
+from texforce_ray.console import exit_code
 from texforce_ray.paths import local_path
-from texforce_ray.records.images import comparison, save_png
-from texforce_ray.shapes import detector
-from texforce_ray.shapes.appearance import appearance
-from texforce_ray.shapes.captions import careful_caption
-from texforce_ray.shapes.scene import ABILITIES, Scene, all_scenes
-
-REGISTERS = ("plain", "careful")
-GUIDANCE = (1.0, 2.0, 3.0, 5.0)
-_BATCH = 64
-_SHOWN = 2  # images of each ability and register in the picture
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Images of one ability, asked for in one register at one guidance."""
-
-    register: str
-    ability: str
-    guidance: float
-    scores: tuple[float, ...]
-    appearances: tuple[float, ...]
-
-    @property
-    def score(self) -> float:
-        return float(np.mean(self.scores))
-
-
-def questions(ability: str, count: int) -> tuple[list[Scene], list[str], np.ndarray]:
-    """`count` scenes spread over an ability's, a careful caption of each, and seeds."""
-    scenes = all_scenes(ability)
-    chosen = [scenes[i * len(scenes) // count % len(scenes)] for i in range(count)]
-    rng = np.random.default_rng(ABILITIES.index(ability))
-    captions = [careful_caption(scene, rng) for scene in chosen]
-    return chosen, captions, rng.integers(2**40, size=count)
-
-
-def measure(
-    path: str, *, images: int, guidance: Sequence[float], steps: int = 10
-) -> Iterator[tuple[Cell, np.ndarray]]:
-    """Every cell and its images, uint8 [images, H, W, 3]; a scene has one seed in all cells."""
-    backbone = load_backbone(path)
-    for scale in guidance:
-        sampler = Sampler(backbone, steps=steps, eta=0.0, guidance_scale=scale)
-        for ability in ABILITIES:
-            scenes, careful, seeds = questions(ability, images)
-            plain = [scene.caption for scene in scenes]
-            for register, prompts in zip(REGISTERS, (plain, careful), strict=True):
-                drawn = np.concatenate(
-                    [
-                        sampler.sample(prompts[i : i + _BATCH], seeds[i : i + _BATCH], 0)[1]
-                        for i in range(0, images, _BATCH)
-                    ]
-                )
-                scores = [detector.score(d, s) for d, s in zip(drawn, scenes, strict=True)]
-                looks = [appearance(d) for d in drawn]
-                yield Cell(register, ability, scale, tuple(scores), tuple(looks)), drawn
-
-
-def table(cells: Sequence[Cell]) -> str:
-    """Markdown: a row for each register and guidance, a column for each ability."""
-    lines = [
-        f"| prompt | guidance | {' | '.join(ABILITIES)} | mean | appearance |",
-        f"| --- | --- |{' --- |' * (len(ABILITIES) + 2)}",
-    ]
-    for register in REGISTERS:
-        for scale in dict.fromkeys(cell.guidance for cell in cells):
-            row = [c for c in cells if (c.register, c.guidance) == (register, scale)]
-            numbers = [cell.score for cell in row]
-            looks = float(np.mean([cell.appearances for cell in row]))
-            values = [f"{value:.3f}" for value in (*numbers, np.mean(numbers), looks)]
-            lines.append(f"| {register} | {scale:g} | {' | '.join(values)} |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="embedded", help="a pipeline's directory")
-    parser.add_argument("--images", type=int, default=128, help="per register, ability, guidance")
-    parser.add_argument("--guidance", type=float, nargs="+", default=list(GUIDANCE))
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument(
-        "--out", type=local_path, default=Path("build/shapes"), help="folder of picture and numbers"
+def parser() -> argparse.ArgumentParser:
+    commands = argparse.ArgumentParser(
+        prog="python -m texforce_ray.shapes.measure",
+        description="Rewards by kind of prompt, ability and guidance: a table and a picture.",
     )
-    options = parser.parse_args()
-    cells: list[Cell] = []
-    shown: dict[tuple[str, float], list[np.ndarray]] = {}
-    work = measure(
-        options.model, images=options.images, guidance=options.guidance, steps=options.steps
+    commands.add_argument("--model", default="embedded", help="a pipeline's directory")
+    commands.add_argument(
+        "--images", type=int, default=128, help="images per kind, ability and guidance"
     )
-    spread = [(2 * i + 1) * options.images // (2 * _SHOWN) for i in range(_SHOWN)]
-    total = len(options.guidance) * len(ABILITIES) * len(REGISTERS)
-    for cell, drawn in tqdm(work, total=total, desc="drawing", mininterval=5):
-        cells.append(cell)
-        shown.setdefault((cell.register, cell.guidance), []).extend(drawn[spread])
-    titles = [questions(a, options.images)[0][i].caption for a in ABILITIES for i in spread]
-    rows = [(f"{name}, g = {scale:g}", np.stack(each)) for (name, scale), each in shown.items()]
-    options.out.mkdir(parents=True, exist_ok=True)
-    save_png(options.out / "measure.png", comparison(rows, titles))
-    numbers = [
-        {"prompt": c.register, "guidance": c.guidance, "ability": c.ability, "score": c.score}
-        for c in cells
-    ]
-    (options.out / "measure.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    commands.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0, 5.0])
+    commands.add_argument("--steps", type=int, default=10)
+    commands.add_argument(
+        "--out",
+        type=local_path,
+        default=Path("build/shapes"),
+        help="folder for the picture and the numbers",
+    )
+    return commands
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    options = parser().parse_args(arguments)
+    return exit_code(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    from texforce_ray.experiments.measuring import table, write
+
+    cells = write(
+        options.out,
+        options.model,
+        images=options.images,
+        guidance=options.guidance,
+        steps=options.steps,
+    )
     print(table(cells))
     print(f"picture and numbers in {options.out}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The embedded pipeline's architecture: small networks of Stable Diffusion's classes."""
+"""The embedded pipeline's architecture: small networks built from Stable Diffusion's classes."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def name_as_older_versions_do(file: Path) -> None:
 
 
 def write_vocabulary(folder: Path) -> None:
-    """Write vocab.json and merges.txt: before 5 CLIPTokenizer reads them alone."""
+    """Write vocab.json and merges.txt: before transformers 5, CLIPTokenizer reads only these."""
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
     (folder / "vocab.json").write_text(vocabulary + "\n", encoding="utf-8")

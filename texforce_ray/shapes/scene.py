@@ -111,7 +111,7 @@ def parse(prompt: str) -> Scene:
         relation = None if match[3] == "and" else match[3]
         return Scene((Item(match[1], match[2]), Item(match[4], match[5])), relation=relation)
     raise ValueError(
-        f"{prompt!r} is not a prompt of the shapes world; one would be 'a green circle', "
+        f"{prompt!r} is not a prompt of the shapes world; write it like 'a green circle', "
         "'three red squares', 'a red circle and a blue square' or "
         "'a green triangle above a yellow circle'"
     )
@@ -129,7 +129,7 @@ def all_scenes(ability: str) -> list[Scene]:
         return [Scene(pair) for pair in pairs]
     if ability == "location":
         return [Scene(pair, relation=relation) for pair, relation in product(pairs, RELATIONS)]
-    raise ValueError(f"unknown ability {ability!r}; one of {', '.join(ABILITIES)}")
+    raise ValueError(f"unknown ability {ability!r}; use one of {', '.join(ABILITIES)}")
 
 
 def random_scene(rng: np.random.Generator, weights: Sequence[float] | None = None) -> Scene:
@@ -168,7 +168,7 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def _place(scene: Scene, radius: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Centres [N, 2] (x, y) by rejection: inside the frame, two pixels apart, as related."""
+    """Centres [N, 2] (x, y) by rejection: inside the frame, two pixels apart, in their relation."""
     while True:
         # The margin keeps a two-pixel rim of background, from which the detector reads its colour.
         margin = radius[:, None] + 2
@@ -183,7 +183,7 @@ def _place(scene: Scene, radius: np.ndarray, rng: np.random.Generator) -> np.nda
             offset = centers[0] - centers[1]
             if offset @ axis < radius.sum() + 3 or np.abs(offset @ axis[::-1]) > 16:
                 continue
-        # Whoever describes two things side by side starts on the left.
+        # A description of two things side by side starts on the left.
         side_by_side = len(scene.objects) == 2 and scene.count == 1 and not scene.relation
         if side_by_side and centers[1, 0] - centers[0, 0] < radius.sum() + 3:
             continue

@@ -1,7 +1,7 @@
 """A small network that reads an image as the detector does, but can be differentiated.
 
 The shapes world's counterpart of a learned reward model: direct backpropagation (ReFL, DRaFT,
-AlignProp) needs a gradient, which the detector has not. Trained by `shapes.train_scorer`.
+AlignProp) needs a gradient, which the detector lacks. Trained by `shapes.train_scorer`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _item(item: Item) -> list[float]:
 
 
 class Scorer(nn.Module):
-    """Image and scene to the detector's score; the scene steers every layer (FiLM)."""
+    """Maps image and scene to the detector's score; the scene conditions every layer (FiLM)."""
 
     def __init__(self, widths: Sequence[int] = (32, 64, 96, 96), hidden: int = 128) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Scorer(nn.Module):
 
     def forward(self, images: Tensor, scenes: Tensor) -> Tensor:
         """Scores in [0, 1], float [B], of float [B, 3, H, W] in [0, 1] for [B, SCENE_WIDTH]."""
-        # Half the size shows every form; the average is what a reader of 64 pixels would not miss.
+        # Every form is still visible at half the size; averaging loses nothing that matters.
         x = nn.functional.avg_pool2d(images, 2) * 2 - 1
         line = torch.linspace(-1, 1, x.shape[-1], device=x.device, dtype=x.dtype)
         coordinates = torch.stack(torch.meshgrid(line, line, indexing="ij"))

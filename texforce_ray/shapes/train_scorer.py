@@ -1,123 +1,44 @@
-"""Train the differentiable scorer on rendered scenes: `python -m texforce_ray.shapes.train_scorer`.
-
-Each drawing goes through the pipeline's VAE with some noise on its latents, so that it looks like
-what the U-Net makes; the detector says how well it matches the true prompt, prompts with attributes
-swapped, and others. All is a function of `--seed` on one kind of machine.
-"""
+"""Train the differentiable scorer: `python -m texforce_ray.shapes.train_scorer`."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-from diffusers import AutoencoderKL
-from safetensors.torch import save_file
-from torch import Tensor
-from tqdm import tqdm
-
+from texforce_ray.console import exit_code
 from texforce_ray.paths import local_path
-from texforce_ray.shapes import detector, scene
-from texforce_ray.shapes.captions import with_swaps
-from texforce_ray.shapes.scorer import WEIGHTS, Scorer, describe
-
-_PROMPTS = 6  # scored for each drawing
-_VAE = Path(__file__).parent / "weights" / "vae"
 
 
-def prompts_for(drawn: scene.Scene, rng: np.random.Generator) -> list[scene.Scene]:
-    """The drawing's own scene, ones with attributes swapped, and any others."""
-    swapped = [with_swaps(drawn, rng, swap) for swap in (0.2, 0.4, 0.6)]
-    return [drawn, *swapped, *(scene.random_scene(rng) for _ in range(_PROMPTS - 4))]
+def parser() -> argparse.ArgumentParser:
+    commands = argparse.ArgumentParser(
+        prog="python -m texforce_ray.shapes.train_scorer",
+        description="Train the scorer of the shapes world on rendered scenes.",
+    )
+    commands.add_argument(
+        "--out", type=local_path, default=Path(__file__).parent / "scorer.safetensors",
+        help="safetensors file to write (default: the shipped one)",
+    )  # fmt: skip
+    commands.add_argument("--seed", type=int, default=0)
+    commands.add_argument("--drawings", type=int, default=12_000)
+    commands.add_argument("--steps", type=int, default=4500)
+    commands.add_argument("--batch", type=int, default=128)
+    commands.add_argument("--lr", type=float, default=2e-3)
+    return commands
 
 
-def crowd(rng: np.random.Generator) -> scene.Scene:
-    """A scene to draw; at times one that no prompt asks for: two kinds with several copies."""
-    drawn = scene.random_scene(rng)
-    if len(drawn.items) == 2 and rng.random() < 0.25:
-        return replace(drawn, count=2, relation=None)
-    return drawn
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    options = parser().parse_args(arguments)
 
+    def run() -> None:
+        from texforce_ray.shapes.scorer_training import train_and_write
 
-@torch.no_grad()
-def examples(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """uint8 [N, 3, 64, 64], float32 [N, P, SCENE_WIDTH] and [N, P] scores."""
-    vae = AutoencoderKL.from_pretrained(_VAE, torch_dtype=torch.float32).eval()
-    images, scenes, scores = [], [], []
-    for first in tqdm(range(0, count, 64), desc="drawings", mininterval=5):
-        rng = np.random.default_rng([seed, first])
-        drawn = [crowd(rng) for _ in range(64)]
-        pixels = np.stack([scene.render(s, rng) for s in drawn])
-        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-        latents = vae.encode(x).latent_dist.mean
-        noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
-        level = torch.from_numpy(rng.choice([0.0, 0.15, 0.3, 0.5], size=64).astype(np.float32))
-        latents = latents + noise * level[:, None, None, None] * latents.std()
-        decoded = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1).mul(255).round()
-        decoded = decoded.to(torch.uint8)
-        images.append(decoded)
-        for picture, shown in zip(decoded.permute(0, 2, 3, 1).numpy(), drawn, strict=True):
-            base = shown if shown.count == 1 or len(shown.items) == 1 else replace(shown, count=1)
-            asked = prompts_for(base, rng)
-            scenes.append([describe(s) for s in asked])
-            found = detector.detect(picture)
-            scores.append([detector.match(found, s) for s in asked])
-    return torch.cat(images), torch.tensor(scenes), torch.tensor(scores)
+        error, correlation = train_and_write(**vars(options))
+        print(f"{options.out}: error {error:.3f}, correlation {correlation:.3f} on other drawings")
 
-
-def train(seed: int, drawings: int, steps: int, batch: int, lr: float) -> Scorer:
-    """Regression on the detector's scores; cosine schedule."""
-    images, scenes, scores = examples(seed, drawings)
-    torch.manual_seed(seed)
-    scorer = Scorer()
-    optimizer = torch.optim.AdamW(scorer.parameters(), lr=lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
-    rng = torch.Generator().manual_seed(seed)
-    bar = tqdm(range(steps), desc="scorer", mininterval=5)
-    for step in bar:
-        rows = torch.randint(0, len(images), (batch,), generator=rng)
-        columns = torch.randint(0, scores.shape[1], (batch,), generator=rng)
-        x = images[rows].float() / 255
-        predicted = scorer(x, scenes[rows, columns])
-        loss = (predicted - scores[rows, columns]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0:
-            bar.set_postfix(rmse=f"{loss.item() ** 0.5:.3f}", refresh=False)
-    return scorer.eval()
-
-
-@torch.no_grad()
-def agreement(scorer: Scorer, seed: int, drawings: int) -> tuple[float, float]:
-    """Root mean square error and correlation with the detector on other drawings."""
-    images, scenes, scores = examples(seed, drawings)
-    rows = torch.arange(len(images)).repeat_interleave(scores.shape[1])
-    parts = zip(rows.split(256), scenes.flatten(0, 1).split(256), strict=True)
-    predicted = torch.cat([scorer(images[r].float() / 255, s) for r, s in parts])
-    wanted = scores.flatten()
-    correlation = torch.corrcoef(torch.stack([predicted, wanted]))[0, 1]
-    return float((predicted - wanted).square().mean().sqrt()), float(correlation)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=local_path, default=WEIGHTS, help="safetensors file to write")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--drawings", type=int, default=12_000)
-    parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    given = parser.parse_args()
-    scorer = train(given.seed, given.drawings, given.steps, given.batch, given.lr)
-    error, correlation = agreement(scorer, given.seed + 1, 1024)
-    weights = {name: value.half().contiguous() for name, value in scorer.state_dict().items()}
-    save_file(weights, given.out)
-    print(f"{given.out}: error {error:.3f}, correlation {correlation:.3f} on other drawings")
+    return exit_code(run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

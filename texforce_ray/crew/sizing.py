@@ -1,0 +1,111 @@
+"""Resolves batch sizes that the config leaves to the device's memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Literal, TypeAlias
+
+import ray
+from ray.exceptions import RayError
+
+from texforce_ray.cluster.answers import readable
+from texforce_ray.cluster.autoscaling import patience
+from texforce_ray.cluster.placement import actor_options, free_nodes, has_room
+from texforce_ray.cluster.requests import Request, needs, shortage
+from texforce_ray.config import Config, LearnerConfig, RolloutConfig
+from texforce_ray.errors import ResourceError
+
+Role: TypeAlias = Literal["rollout", "learner"]
+_KEYS: dict[Role, str] = {"rollout": "rollout.batch_size", "learner": "learner.microbatch_size"}
+
+
+def needs_sizes(config: Config) -> bool:
+    return not (config.rollout.batch_size and config.learner.microbatch_size)
+
+
+async def with_sizes(config: Config) -> Config:
+    """The config with every 'auto' size replaced by what fits.
+
+    Sizes affect how results round, so they are found once, here, and stored with the run. Each
+    role's size is measured with the resources of its actors.
+
+    Raises:
+        ResourceError: one sample does not fit, or the measurement timed out.
+        ActorError: the model could not be loaded there.
+    """
+    if not config.rollout.batch_size:
+        config = config.changed({"rollout.batch_size": await _found(config, "rollout")})
+    if not config.learner.microbatch_size:
+        config = config.changed({"learner.microbatch_size": await _found(config, "learner")})
+    return config
+
+
+async def _found(config: Config, role: Role) -> int:
+    resources = needs(config, _host(config, role))
+    task = (
+        ray.remote(find_size)
+        .options(**actor_options(resources), max_retries=0)
+        .remote(config, role)
+    )
+    timeout = config.ray.start_timeout_s + patience(config)
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(task.future()), timeout)
+    except RayError as error:
+        raise readable("sizing", f"finding {_KEYS[role]}", error) from None
+    except TimeoutError:
+        asked, nodes = [Request(f"measurement of {_KEYS[role]}", 1, resources)], free_nodes()
+        cause = "it was still running"
+        if not has_room(asked, nodes):
+            cause = "; ".join(["the cluster has no room for it", *shortage(asked, nodes)])
+        raise ResourceError(
+            f"{_KEYS[role]}: 'auto' was not found within {timeout:.0f} s (ray.start_timeout_s and "
+            f"the time to wait for room): {cause}; raise ray.start_timeout_s, or set the size to a "
+            "number"
+        ) from None
+    finally:  # however the wait ends, the run needs the device
+        with contextlib.suppress(RayError, ValueError):
+            ray.cancel(task, force=True)
+
+
+def _host(config: Config, role: Role) -> RolloutConfig | LearnerConfig:
+    """The part of the config that sets what the role's actor may use."""
+    shared = role == "learner" and config.learner.colocated
+    return config.rollout if role == "rollout" or shared else config.learner
+
+
+def find_size(config: Config, role: Role) -> int:
+    """`rollout.batch_size` or `learner.microbatch_size` for the device of this process."""
+    from texforce_ray.actors.rollout import quiet_libraries
+    from texforce_ray.model import sizing
+    from texforce_ray.model.backbone import load_config_backbone
+
+    candidates = sizing.batch_candidates(config)
+    on_cpu = max(n for n in candidates if n <= sizing.CPU_BATCH)
+    if role == "learner":
+        on_cpu = sizing.CPU_MICROBATCH
+    gpus = _host(config, role).num_gpus
+    if config.model.device == "cpu" or (config.model.device == "auto" and not gpus):
+        return on_cpu
+    quiet_libraries()
+    backbone = load_config_backbone(config, gpus)
+    device = backbone.device
+    if device.type != "cuda":
+        return on_cpu
+    from texforce_ray.rl.sizing import sampling, stored_bytes, update
+
+    room = sizing.budget(device, gpus)
+    if role == "rollout":
+        work, stored = sampling(backbone, config), stored_bytes(backbone, config)
+        return sizing.largest_that_fits(
+            lambda n: sizing.peak(device, lambda: work(n)) + n * stored, candidates, room
+        )
+    reward = None
+    if config.direct is not None:
+        from texforce_ray.rewards.differentiable import total_of
+
+        reward = total_of(config.rewards, device.type)
+    work, most = update(backbone, config, reward)
+    return sizing.largest_that_fits(
+        lambda n: sizing.peak(device, lambda: work(n)), sizing.microbatch_candidates(most), room
+    )

@@ -1,0 +1,93 @@
+"""The policy at one denoising step: a backbone, a process and guidance as one function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from texforce_ray.diffusion.process import Process
+from texforce_ray.model.backbone import Backbone
+from texforce_ray.model.conditioning import Conditioning, Prepared
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """Shared by sampler and learners, so that their results can differ only by rounding.
+
+    guidance_scale: at most 1 means no guidance, and one pass instead of two.
+    """
+
+    backbone: Backbone
+    process: Process
+    guidance_scale: float
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    def encode(self, ids: tuple[Tensor, ...]) -> tuple[Conditioning, np.ndarray]:
+        """Conditioning of the distinct prompts among B, and each one's index into them: int64 [B].
+
+        ids: [B, L] for each text encoder. With guidance, the empty prompt comes first.
+        """
+        distinct, inverse = torch.unique(torch.cat(ids, 1), dim=0, return_inverse=True)
+        lengths = [part.shape[1] for part in ids]
+        conditioning = self.backbone.encode(distinct.split(lengths, 1))
+        rows = inverse.cpu().numpy()
+        if self.guidance_scale <= 1:
+            return conditioning, rows
+        return Conditioning.cat([self.backbone.encode_empty(), conditioning]), rows + 1
+
+    def prepare(self, conditioning: Conditioning) -> Prepared:
+        """Conditioning in the form that the network's layers use."""
+        return self.backbone.prepare(conditioning)
+
+    def output(self, step: Tensor, x: Tensor, prepared: Prepared, rows: np.ndarray) -> Tensor:
+        """The guided output of the network at each (sample, step): float32 [B, C, h, w].
+
+        Args:
+            step: int64 [B], indices of the process's steps.
+            x: the latents, float [B, C, h, w].
+            prepared: distinct prompts; with guidance, the empty one comes first.
+            rows: int64 [B], each sample's index into them.
+        """
+        timesteps = self.process.timesteps[step]
+        if self.guidance_scale <= 1:
+            return self.backbone.predict_prepared(x, timesteps, prepared, rows).float()
+        both = np.concatenate([np.zeros_like(rows), rows])
+        output = self.backbone.predict_prepared(
+            torch.cat([x, x]), torch.cat([timesteps, timesteps]), prepared, both
+        )
+        unconditional, conditional = output.float().chunk(2)
+        return guide(unconditional, conditional, self.guidance_scale)
+
+    def mean(self, step: Tensor, x: Tensor, prepared: Prepared, rows: np.ndarray) -> Tensor:
+        """Mean of the policy's Gaussian at each (sample, step): float32 [B, C, h, w]."""
+        return self.process.mean(step, x, self.output(step, x, prepared, rows))
+
+
+def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6, in diffusers' parametrisation)."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def draw_noise(backbone: Backbone, seeds: np.ndarray, steps: int) -> list[Tensor]:
+    """All noise of B samples: the start of denoising, then that of each step: [B, C, h, w] each.
+
+    float32, drawn in stock diffusers' order and dtype. A pure function of the seeds, so
+    trajectories need not store it.
+    """
+    generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
+    shape = (len(seeds), *backbone.latent_shape)
+    drawn = [
+        randn_tensor(
+            shape, generator=generators, device=torch.device("cpu"), dtype=backbone.noise_dtype
+        )
+        for _ in range(steps + 1)
+    ]
+    # A single copy to the device: a copy per step would wait for the step before.
+    return list(torch.stack(drawn).to(backbone.device).float())

@@ -1,0 +1,43 @@
+"""The training loop: the algorithm, without its supporting machinery."""
+
+from __future__ import annotations
+
+from texforce_ray.driver.ahead import Sampling, sampling_ahead
+from texforce_ray.driver.collect import TrainingBatch, check_masked
+from texforce_ray.driver.recorder import Record
+from texforce_ray.driver.session import Session
+
+
+async def training_loop(session: Session) -> None:
+    """Sample, score, estimate advantages, update, publish; until all iterations are done.
+
+    With max_staleness k = 1, iteration i + 1 is sampled while iteration i is trained on.
+    """
+    config, policy, recorder = session.config, session.policy, session.recorder
+    async with sampling_ahead(config, session.crew, session.prompts.train, policy) as sampling:
+        for iteration in range(policy.version, config.iterations):
+            async with recorder.iteration(policy, session.estimator, session.crew) as record:
+                await _iterate(session, sampling, record, iteration)
+            session.show(record)
+
+
+async def _iterate(session: Session, sampling: Sampling, record: Record, iteration: int) -> None:
+    # A separate function: its return drops the last references to the trajectories, so the object
+    # store has room for the next ones.
+    config, policy, recorder = session.config, session.policy, session.recorder
+    sampling.start()
+    with record.phase("rollout_wait"):
+        batch = await sampling.take(iteration)
+    # Replay the masks of an earlier attempt at this iteration, so that a repeat is identical.
+    mask = batch.scored & recorder.directory.recorded_mask(iteration, batch.seeds)
+    check_masked(config, batch.rewards, batch.errors, f"iteration {iteration}")
+    training = TrainingBatch(batch, mask, *session.estimator.advantages(batch, mask))
+    await recorder.samples(training)
+    with record.phase("update"):
+        updated = await policy.update(session.crew, training)
+    record.trained(training, updated)
+    session.estimator.commit()
+    if config.eval.every and policy.version % config.eval.every == 0:
+        with record.phase("evaluation"):
+            await session.evaluate()
+    sampling.start()  # actors work while the driver writes

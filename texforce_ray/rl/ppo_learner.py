@@ -1,0 +1,304 @@
+"""The policy update: trajectories and advantages in, a better adapter out. No Ray.
+
+The gradient of a minibatch takes one encoder pass. Each distinct prompt's cross-attention keys and
+values are detached from the encoder, their gradient is accumulated over all samples and timesteps
+through the U-Net, and one backward pass carries it into the adapter: the same gradient as plain
+autograd's, with T - 1 fewer encoder passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from texforce_ray import randomness
+from texforce_ray.artifacts.snapshot import PolicySnapshot
+from texforce_ray.config import Config
+from texforce_ray.diffusion.process import Process
+from texforce_ray.diffusion.trajectory import Trajectory
+from texforce_ray.errors import NumericsError
+from texforce_ray.model.backbone import Backbone
+from texforce_ray.model.conditioning import Prepared
+from texforce_ray.rl import ppo
+from texforce_ray.rl.learner import Learner
+from texforce_ray.rl.likelihood import Likelihood, Pairs
+from texforce_ray.rl.ppo_totals import Totals, mean_metrics
+from texforce_ray.rl.precision import loss_scale, to_encoder
+from texforce_ray.rl.sharding import UpdateBatch
+
+_PROBED = 4  # samples, and steps of each, whose gradient is checked in half precision
+
+
+class PpoLearner(Learner):
+    """PPO on the text encoder's LoRA adapter, the U-Net's, or both."""
+
+    needs_likelihood = True
+
+    def __init__(self, backbone: Backbone, config: Config) -> None:
+        super().__init__(backbone, config)
+        if config.learner.gradient_checkpointing:
+            backbone.denoiser.enable_gradient_checkpointing()
+        self.likelihood = Likelihood(self.denoiser, config.learner.microbatch_size)
+
+    @staticmethod
+    def kept_latents(
+        config: Config, process: Process, iteration: int, first: int, count: int
+    ) -> np.ndarray:
+        """The latents before and after each trained step."""
+        keep = np.zeros((count, len(process) + 1), dtype=bool)
+        steps = trained_steps(config, process, iteration, config.samples_per_iteration)
+        for end in (0, 1):
+            keep[np.arange(count)[:, None], steps[first : first + count] + end] = True
+        return keep
+
+    def update(self, batch: UpdateBatch, behaviour: PolicySnapshot | None = None) -> dict:
+        config = self.config
+        steps = trained_steps(config, self.process, self.version, len(batch))
+        anchor = torch.from_numpy(np.array(batch.trajectory.log_probs))
+        weight = torch.ones_like(anchor)
+        minibatches = [
+            rows
+            for epoch in range(config.update.epochs)
+            for rows in self._minibatches(batch, epoch)
+        ]
+        # The first one with an unmasked sample.
+        first = next((rows for rows in minibatches if batch.mask[rows].any()), minibatches[0])
+        error: float | None = None
+        if behaviour is not None:
+            error = self._ratio_error(batch, first, steps, behaviour)
+        if config.uses_decoupled:
+            stored = anchor
+            anchor, weight, proximal_error = self._proximal(batch, steps, stored)
+            if error is None:
+                error = self._largest(proximal_error)
+        if error is not None:
+            self._check_agreement(error)
+        checked = self.check_gradient(batch, lambda: self._probe(batch, first, steps))
+        totals = [Totals(self.backbone.device) for _ in self._shards(np.arange(len(batch)))]
+        norms: list[float] = []
+        skipped = 0
+        for rows in minibatches:
+            if not batch.mask[rows].any():
+                self._pass_over()
+                skipped += 1
+                continue
+            gradient = self._minibatch_gradient(batch, rows, steps, anchor, weight, totals)
+            if error is None:
+                # No update has been applied since these samples were drawn, so these first
+                # ratios must be 1.
+                error = self._largest(*(total.ratio_error for total in totals))
+                self._check_agreement(error)
+            if self._too_far(totals):
+                break
+            norms.append(self._apply(gradient))
+        left_out = len(minibatches) - len(norms) - skipped
+        self.version += 1
+        return {
+            **mean_metrics(self._gathered([shard.row() for shard in totals])),
+            **self._norm_metrics(norms),
+            **({} if config.ppo.target_kl is None else {"ppo/updates_left_out": left_out}),
+            "ppo/ratio_error_first_pass": 0.0 if error is None else error,
+            **checked,
+            **self._rates(),
+        }
+
+    def _check_agreement(self, error: float) -> None:
+        allowed = self.config.ratio_error_bound
+        if not error <= allowed:
+            raise NumericsError(
+                f"learner and sampler disagree: |ratio - 1| = {error:.2e} on the first pass of "
+                f"iteration {self.version}, but at most {allowed:.0e} is allowed "
+                "(objective.max_ratio_error); use float32 for model.dtype and "
+                "diffusion.storage_dtype, or set objective.decoupled=always and a larger bound"
+            )
+
+    def _too_far(self, totals: Sequence[Totals]) -> bool:
+        """Whether the minibatch's approx_kl, over all learners, exceeds the target."""
+        target = self.config.ppo.target_kl
+        if target is None:
+            return False
+        count, kl = self._gathered([total.take_kl() for total in totals]).sum(axis=0)
+        # A KL that is not finite is not "too far": `_apply` skips and counts that update.
+        return bool(np.isfinite(kl)) and kl > target * max(1.0, count)
+
+    def _largest(self, *errors: float) -> float:
+        """The maximum over all learners."""
+        return float(self._gathered([[error] for error in errors]).max())
+
+    def _ratio_error(
+        self, batch: UpdateBatch, rows: np.ndarray, steps: np.ndarray, behaviour: PolicySnapshot
+    ) -> float:
+        """Largest |r - 1| on samples `rows`, with the weights that sampled them."""
+        own = self.adapter.snapshot(self.version)
+        self.adapter.load_weights(behaviour.adapters)
+        errors = []
+        for shard in self._shards(rows):
+            pairs = Pairs.of(shard[batch.mask[shard]], steps, batch.first)
+            log_probs = self.likelihood.log_probs(batch.trajectory, pairs).cpu()
+            errors.append(ppo.ratio_error(log_probs, _stored(batch.trajectory, pairs)))
+        self.adapter.load_weights(own.adapters)
+        return self._largest(*errors)
+
+    def _proximal(
+        self, batch: UpdateBatch, steps: np.ndarray, stored: Tensor
+    ) -> tuple[Tensor, Tensor, float]:
+        """Log-probabilities of the current policy, decoupled PPO's weights, largest |r - 1|.
+
+        The first two are [n, T] and meaningful only at trained pairs: a step with sigma = 0 has no
+        likelihood, and masked samples are not used.
+        """
+        anchor, error = stored.clone(), 0.0
+        for shard in self._shards(np.arange(len(batch))):
+            pairs = Pairs.of(shard[batch.mask[shard]], steps, batch.first)
+            current = self.likelihood.log_probs(batch.trajectory, pairs).cpu()
+            # Not max(), which may return either of a number and NaN.
+            error = float(
+                np.maximum(error, ppo.ratio_error(current, _stored(batch.trajectory, pairs)))
+            )
+            anchor[pairs.sample, pairs.step] = current
+        weight = ppo.behaviour_weight(anchor, stored, self.config.ppo.behaviour_cap)
+        return anchor, weight, error
+
+    def _probe(self, batch: UpdateBatch, rows: np.ndarray, steps: np.ndarray) -> list[Tensor]:
+        """The gradient of a few of this learner's pairs: what `check_gradient` compares.
+
+        It is the plain policy gradient: which pairs PPO clips depends on rounding, and advantages
+        may all be 0.
+        """
+        kept = np.concatenate(self._shards(rows))
+        kept = kept[batch.mask[kept]][:_PROBED]
+        if not len(kept):
+            return [torch.zeros_like(p) for p in self.parameters]
+        spread = np.linspace(0, steps.shape[1] - 1, min(_PROBED, steps.shape[1])).round()
+        pairs = Pairs.of(kept, steps[:, spread.astype(np.int64)], batch.first)
+        anchor = torch.from_numpy(np.array(batch.trajectory.log_probs))
+        current = self.likelihood.log_probs(batch.trajectory, pairs, self.microbatch_size)
+        anchor[pairs.sample, pairs.step] = current.cpu()
+        # The valid pairs of the whole minibatch: they determine how small its gradient is.
+        valid = int(batch.mask[rows].sum()) * steps.shape[1]
+        return self._shard_gradient(
+            replace(batch, advantages=np.ones(len(batch))),
+            pairs,
+            anchor,
+            torch.ones_like(anchor),
+            valid,
+            Totals(self.backbone.device),
+            clip_range=math.inf,
+        )
+
+    def _minibatch_gradient(
+        self,
+        batch: UpdateBatch,
+        rows: np.ndarray,
+        steps: np.ndarray,
+        anchor: Tensor,
+        weight: Tensor,
+        totals: Sequence[Totals],
+    ) -> list[Tensor]:
+        """The gradient of the loss over the samples `rows`, across all learners' shards."""
+        valid = int(batch.mask[rows].sum()) * steps.shape[1]
+        parts: list[list[Tensor] | None] = []
+        for shard, total in zip(self._shards(rows), totals, strict=True):
+            kept = shard[batch.mask[shard]]
+            pairs = Pairs.of(kept, steps, batch.first)
+            part = None
+            if len(kept):
+                part = self._shard_gradient(batch, pairs, anchor, weight, valid, total)
+            parts.append(part)
+        return self._gradient(parts)
+
+    def _shard_gradient(
+        self,
+        batch: UpdateBatch,
+        pairs: Pairs,
+        anchor: Tensor,
+        weight: Tensor,
+        valid: int,
+        totals: Totals,
+        clip_range: float | None = None,
+    ) -> list[Tensor]:
+        """Gradient of the shard's summed loss, divided by the minibatch's count of valid pairs."""
+        trajectory, device = batch.trajectory, self.backbone.device
+        scale = loss_scale(valid, self.backbone.latent_shape) * self.scale_factor
+        clip_range = self.config.ppo.clip_range if clip_range is None else clip_range
+        rows, local = np.unique(pairs.sample, return_inverse=True)
+        with torch.enable_grad():
+            conditioning, prompt = self.likelihood.encode(trajectory, rows)
+            prepared = self.backbone.prepare(conditioning)
+            # In float32, so that the gradients of all pairs add up in float32.
+            leaf = prepared.map(lambda t: t.detach().float().requires_grad_(t.requires_grad))
+            reference = self._reference(trajectory, rows)
+            for parameter in self.parameters:
+                parameter.grad = None
+            for chunk in pairs.chunks(self.microbatch_size):
+                part, where = pairs[chunk], prompt[local[chunk]]
+                mean, step = self.likelihood.mean(trajectory, part, leaf, where)
+                log_prob = self.likelihood.density(trajectory, part, step, mean)
+                index = (torch.from_numpy(part.sample), torch.from_numpy(part.step))
+                result = ppo.clipped_loss(
+                    log_prob,
+                    anchor[index].to(device),
+                    torch.from_numpy(batch.advantages[part.sample + batch.first])
+                    .float()
+                    .to(device),
+                    clip_range,
+                    weight[index].to(device) if self.config.uses_decoupled else None,
+                )
+                loss, kl = result.loss.sum(), None
+                if reference is not None:
+                    with torch.no_grad(), self.adapter.disabled():
+                        base, _ = self.likelihood.mean(trajectory, part, reference, where)
+                    kl = self.process.kl(step, mean, base)
+                    loss = loss + self.config.ppo.kl_weight * kl.sum()
+                (loss / valid * scale).backward()
+                totals.add(result, kl)
+            through = [
+                (out, cut.grad)
+                for out, cut in zip(prepared.tensors(), leaf.tensors(), strict=True)
+                if cut.grad is not None
+            ]
+            direct = [p.grad for p in self.parameters]
+            indirect: Sequence[Tensor | None] = [None] * len(direct)
+            shift = 0
+            if through:
+                outputs, sums = zip(*through, strict=True)
+                scaled, shift = to_encoder(sums, outputs)
+                # SDXL does not read an encoder's last layer, which then has no gradient.
+                indirect = torch.autograd.grad(outputs, self.parameters, scaled, allow_unused=True)
+            back = 2.0**-shift
+            indirect = [None if gradient is None else gradient * back for gradient in indirect]
+            return [
+                _sum(p, parts) / scale
+                for p, *parts in zip(self.parameters, direct, indirect, strict=True)
+            ]
+
+    @torch.no_grad()
+    def _reference(self, trajectory: Trajectory, rows: np.ndarray) -> Prepared | None:
+        """The prompts as the base policy encodes them, if a KL to it is configured."""
+        if not self.config.ppo.kl_weight:
+            return None
+        with self.adapter.disabled():
+            return self.backbone.prepare(self.likelihood.encode(trajectory, rows)[0])
+
+
+def trained_steps(config: Config, process: Process, iteration: int, count: int) -> np.ndarray:
+    """The steps that PPO trains on, for each of the iteration's N samples: int64 [N, K]."""
+    steps = process.trainable
+    if config.ppo.timestep_choice == "first":
+        steps = steps[: config.trained_timesteps]
+    return randomness.trained_steps(config.seed, iteration, count, steps, config.trained_timesteps)
+
+
+def _sum(parameter: Tensor, parts: Sequence[Tensor | None]) -> Tensor:
+    """The sum of a parameter's partial gradients, 0 if it has none."""
+    present = [part for part in parts if part is not None]
+    return torch.stack(present).sum(0) if present else torch.zeros_like(parameter)
+
+
+def _stored(trajectory: Trajectory, pairs: Pairs) -> Tensor:
+    return torch.from_numpy(trajectory.log_probs[pairs.sample, pairs.step])
