@@ -29,6 +29,7 @@ from texforce_ray.rl.sharding import UpdateBatch
 BASE = (
     "diffusion.guidance_scale=5",
     "objective.timestep_choice=random",
+    "objective.kl_weight=0",
     "prompts.per_iteration=2",
     "prompts.samples_per_prompt=8",
     "rollout.batch_size=16",

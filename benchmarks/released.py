@@ -15,7 +15,9 @@ schedule computes beyond that counts against it. Writes benchmarks/results/relea
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -40,6 +42,7 @@ from texforce_ray.rl.sharding import UpdateBatch
 SETTINGS = (
     "diffusion.guidance_scale=5",
     "objective.timestep_choice=random",
+    "objective.kl_weight=0",  # the released trainer has no KL, and neither has its schedule here
     "prompts.per_iteration=4",
     "prompts.samples_per_prompt=16",
     "lora.text_encoder.rank=16",
@@ -54,6 +57,7 @@ FULL = (
 )
 TINY = ("diffusion.steps=4", "rollout.batch_size=8")
 PROMPTS = ("a green circle", "three red squares", "a red circle and a blue square", "a red circle")
+ALIKE = 1e-4  # largest difference of gradients in float32, relative to the largest entry
 PHASES = ("rollout", "reward", "learner")
 
 
@@ -167,6 +171,13 @@ def through_ray(config: Config, iterations: int) -> dict[str, float]:
     }
 
 
+NAMES = {
+    "released": "released schedule",
+    "ours": "ours, plain classes",
+    "system": "ours, whole system (2 + 2 actors)",
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--samples", type=int, help="of the plain classes; default 64 (tiny: 16)")
@@ -177,66 +188,33 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     as_in_an_actor()
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        config = _config(options, Path(folder))
-        plain = Plain(config, device)
-        dtype = plain.backbone.dtype
-        peaks = [matmul_peak(plain.backbone.device, dtype)]
-        d = config.diffusion
-        flops = sample_flops(plain.backbone, d.steps, d.guidance_scale)
-        flops += config.trained_timesteps * pair_flops(plain.backbone, d.guidance_scale)
+        plain = Plain(_config(options, Path(folder)), options.device)
         difference = plain.gradient_difference()
-        ways = {"released": plain.baseline, "ours": plain.ours}
-        seconds = medians(options.rounds, ways)
-        peaks.append(matmul_peak(plain.backbone.device, dtype))
-        rates = {
-            name: {"total": len(plain.prompts) / sum(s.values())}
-            | {phase: len(plain.prompts) / s[phase] for phase in PHASES}
-            for name, s in seconds.items()
-        }
-        if not options.no_ray and device == "cpu" and options.size == "shapes":
-            whole = _system_config(options, threads)
-            found = through_ray(whole, iterations=4)
-            rates["system"] = {
-                phase: whole.samples_per_iteration / value for phase, value in found.items()
-            }
-            peaks.append(matmul_peak(plain.backbone.device, dtype))
-    peak = max(peaks)
+        if plain.backbone.dtype == torch.float32 and difference > ALIKE:
+            sys.exit(f"not the same work: gradients differ by {difference:.0e} of the largest")
+        rates, peak = _measure(plain, options, threads)
+    flops = sum(_flops(plain).values())
     table = [
-        "| | samples/s | over released | rollout | reward | learner | share of matmul peak |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    base = rates["released"]
-    names = {
-        "released": "released schedule",
-        "ours": "ours, plain classes",
-        "system": "ours, whole system (2 + 2 actors)",
-    }
-    for name, rate in rates.items():
-        phases = [
-            f"x {rate[phase] / base[phase]:.2f}" if phase in rate else "beside" for phase in PHASES
-        ]
-        table.append(
-            f"| {names[name]} | {rate['total']:.2f} | x {rate['total'] / base['total']:.2f} | "
-            f"{' | '.join(phases)} | {rate['total'] * flops / peak:.1%} |"
-        )
-    table += [
+        *_table(rates, flops, peak),
         "",
-        f"{flops / 1e9:.2f} GFLOP a sample; matrix product {peak / 1e9:.0f} GFLOP/s ({dtype}, "
-        f"{threads} threads, {device}); gradients differ by {difference:.0e} of the largest",
+        f"{flops / 1e9:.2f} GFLOP a sample; matrix product {peak / 1e9:.0f} GFLOP/s "
+        f"({plain.backbone.dtype}, {threads} threads, {options.device}); gradients differ by "
+        f"{difference:.0e} of the largest",
     ]
     result = {
         "size": options.size,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "threads": threads,
         "samples_per_second": rates,
-        "ratio": {name: rate["total"] / base["total"] for name, rate in rates.items()},
+        "ratio": {name: rate["total"] / rates["released"]["total"] for name, rate in rates.items()},
         "utilisation": {name: rate["total"] * flops / peak for name, rate in rates.items()},
-        "phase_utilisation": _phase_utilisation(plain, rates["ours"], peak),
+        "phase_utilisation": {
+            phase: rates["ours"][phase] * cost / peak for phase, cost in _flops(plain).items()
+        },
         "gradient_difference": difference,
         "flops_per_sample": flops,
         "peak_flops": peak,
@@ -246,13 +224,53 @@ def main() -> None:
     write("released" if options.size == "shapes" else f"released-{options.size}", result, table)
 
 
-def _phase_utilisation(plain: Plain, rate: dict[str, float], peak: float) -> dict[str, float]:
+def _measure(
+    plain: Plain, options: argparse.Namespace, threads: int
+) -> tuple[dict[str, dict[str, float]], float]:
+    """Samples/s of each way, in total and by phase; the best matrix product in FLOP/s."""
+    peak = partial(matmul_peak, plain.backbone.device, plain.backbone.dtype)
+    peaks = [peak()]
+    seconds = medians(options.rounds, {"released": plain.baseline, "ours": plain.ours})
+    peaks.append(peak())
+    rates = {
+        name: {"total": len(plain.prompts) / sum(s.values())}
+        | {phase: len(plain.prompts) / s[phase] for phase in PHASES}
+        for name, s in seconds.items()
+    }
+    if not options.no_ray and options.device == "cpu" and options.size == "shapes":
+        whole = _system_config(options, threads)
+        took = through_ray(whole, iterations=4)
+        rates["system"] = {
+            phase: whole.samples_per_iteration / value for phase, value in took.items()
+        }
+        peaks.append(peak())
+    return rates, max(peaks)
+
+
+def _table(rates: dict[str, dict[str, float]], flops: float, peak: float) -> list[str]:
+    table = [
+        "| | samples/s | over released | rollout | reward | learner | share of matmul peak |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    base = rates["released"]
+    for name, rate in rates.items():
+        phases = [
+            f"x {rate[phase] / base[phase]:.2f}" if phase in rate else "beside" for phase in PHASES
+        ]
+        table.append(
+            f"| {NAMES[name]} | {rate['total']:.2f} | x {rate['total'] / base['total']:.2f} | "
+            f"{' | '.join(phases)} | {rate['total'] * flops / peak:.1%} |"
+        )
+    return table
+
+
+def _flops(plain: Plain) -> dict[str, float]:
+    """Of a sample, by phase."""
     config, d = plain.config, plain.config.diffusion
-    rollout = sample_flops(plain.backbone, d.steps, d.guidance_scale)
     learner = config.trained_timesteps * pair_flops(plain.backbone, d.guidance_scale)
     return {
-        "rollout": rate["rollout"] * rollout / peak,
-        "learner": rate["learner"] * learner / peak,
+        "rollout": sample_flops(plain.backbone, d.steps, d.guidance_scale),
+        "learner": learner,
     }
 
 

@@ -166,6 +166,7 @@ def _config(options: argparse.Namespace, folder: Path, size: int) -> Config:
         ROOT / "configs" / "shapes.yaml",
         [
             *overrides,
+            "objective.kl_weight=0",  # the reference's pass is not among the FLOPs that are counted
             "prompts.per_iteration=1",
             f"prompts.samples_per_prompt={size}",
             f"rollout.batch_size={size}",

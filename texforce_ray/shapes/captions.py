@@ -8,7 +8,9 @@ for careful prompts; a text encoder can learn to treat plain prompts like carefu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,6 +25,8 @@ from texforce_ray.shapes.scene import (
     all_scenes,
     parse,
 )
+
+_Spec = TypeVar("_Spec", people.HandSpec, people.FaceSpec)
 
 # A plain caption names the right colour and its rival almost equally often. Guidance prefers the
 # likeliest image, so it helps against rare errors but hardly against a near tie.
@@ -164,36 +168,33 @@ def of_scene(scene: Scene) -> Captioner:
 
 def of_hand(hand: people.HandSpec, *, well_formed: bool) -> Captioner:
     """`caption(rng, careful)` of a hand: a plain one does not say whether it is well-formed."""
-
-    def caption(rng: np.random.Generator, careful: bool) -> str:
-        if careful:
-            return careful_hand(hand, well_formed=well_formed)
-        if rng.random() < 0.3:
-            return people.hand_caption()
-        other = people.random_hand(rng)
-        tone, side = rng.random(2) < PEOPLE_NOISE
-        return people.hand_caption(
-            people.HandSpec(other.tone if tone else hand.tone, other.side if side else hand.side)
-        )
-
-    return caption
+    careful = partial(careful_hand, hand, well_formed=well_formed)
+    return _of_person(hand, careful, people.hand_caption, people.random_hand)
 
 
 def of_face(face: people.FaceSpec, *, well_formed: bool) -> Captioner:
     """`caption(rng, careful)` of a face: a plain one does not say whether it is well-formed."""
+    careful = partial(careful_face, face, well_formed=well_formed)
+    return _of_person(face, careful, people.face_caption, people.random_face)
+
+
+def _of_person(
+    spec: _Spec,
+    careful_caption: Callable[[], str],
+    plain_caption: Callable[[_Spec | None], str],
+    another: Callable[[np.random.Generator], _Spec],
+) -> Captioner:
+    """A plain caption often says nothing, or takes what it says from `another`."""
 
     def caption(rng: np.random.Generator, careful: bool) -> str:
         if careful:
-            return careful_face(face, well_formed=well_formed)
+            return careful_caption()
         if rng.random() < 0.3:
-            return people.face_caption()
-        other = people.random_face(rng)
-        tone, smiling = rng.random(2) < PEOPLE_NOISE
-        return people.face_caption(
-            people.FaceSpec(
-                other.tone if tone else face.tone, other.smiling if smiling else face.smiling
-            )
-        )
+            return plain_caption(None)
+        other = vars(another(rng))
+        wrong = rng.random(len(other)) < PEOPLE_NOISE
+        taken = [name for name, is_wrong in zip(other, wrong, strict=True) if is_wrong]
+        return plain_caption(replace(spec, **{name: other[name] for name in taken}))
 
     return caption
 
