@@ -35,11 +35,10 @@ class Telemetry:
     """
 
     def __init__(self, run: str, iterations: int, samples: int) -> None:
-        self._run, self._samples = {"run": _ascii(run)}, samples
+        self._run, self._samples, self._iterations = {"run": _ascii(run)}, samples, iterations
         self._gauges: dict[str, Gauge] = {}
         self._phases: set[str] = set()
         self._total = Counter("texforce_samples_total", LIVE["texforce_samples_total"][0], ("run",))
-        self._live("texforce_iterations_planned", iterations)
 
     def add_scalars(self, values: Mapping[str, float], iteration: int) -> None:
         """Record an iteration's numbers; one that is not finite keeps its last value."""
@@ -67,6 +66,8 @@ class Telemetry:
         silence: float,
     ) -> None:
         """Record the present: actors, queues and restarts by role, seconds without a result."""
+        # Each time: what is set only once is lost if Ray's agent is not ready yet.
+        self._live("texforce_iterations_planned", self._iterations)
         self._live("texforce_version", version)
         self._live("texforce_seconds_since_result", silence)
         for role, actors in members.items():
