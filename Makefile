@@ -55,9 +55,9 @@ docs: setup  ## build the documentation into build/site; warnings are errors
 docs-serve: setup  ## serve it on http://127.0.0.1:8000 while writing
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs serve --strict
 
-check: lint types test  ## what CI runs
+check: lint types test  ## what CI runs, but for test-rewards
 
-paper-shapes: setup  ## the paper's experiments on the embedded pipeline: an hour; docs/results/shapes.md
+paper-shapes: setup  ## the paper's experiments on the embedded pipeline: over an hour; docs/results/shapes.md
 	@$(PY) -m texforce_ray.experiments shapes --seeds $(SEEDS)
 
 paper-page: setup  ## rewrite that page from the kept results

@@ -32,12 +32,6 @@ def tensors(snapshot: PolicySnapshot, part: str, prefix: str = "text_model.") ->
     }
 
 
-def _everything(snapshot: PolicySnapshot, prefix: str = "text_model.") -> dict[str, Tensor]:
-    return {
-        f"{p}.{k}": v for p in snapshot.adapters for k, v in tensors(snapshot, p, prefix).items()
-    }
-
-
 def peft(snapshot: PolicySnapshot, folder: Path) -> Path:
     """PEFT's folder of today: no prefix, alpha in the config."""
     export_adapter(snapshot, folder, "embedded")

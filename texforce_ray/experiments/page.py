@@ -24,10 +24,12 @@ Made by `make paper-shapes` (`python -m texforce_ray.experiments shapes`) from t
 _RATES = """\
 # Learning rates in the shapes world
 
-For every method that [the experiments](shapes.md) compare, the best of four learning rates
-is used, chosen after ten iterations with training seed {seeds}, which the experiments do not use.
-The configs in `configs/shapes/` hold them. Made by `python -m texforce_ray.experiments shapes
---only rates --seeds {seeds} --out runs/rates --results docs/results/rates`. The rate given for
+For every method of the [headline](shapes.md), the best of four learning rates is used, chosen
+after ten iterations with training seed {seeds}, which the experiments do not use. The configs in
+`configs/shapes/` hold them; incompressibility, hands and faces have smaller, unsearched ones.
+
+Made by `python -m texforce_ray.experiments shapes --only rates --seeds {seeds}
+--out runs/rates --results docs/results/rates`. The rate given for
 joint training is the text encoder's; the U-Net's is two thirds of it.
 
 {columns}"""

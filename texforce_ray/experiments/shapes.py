@@ -98,7 +98,7 @@ EXPERIMENTS: dict[str, tuple[Stage, ...]] = {
             ("shapes", "shapes-unseen"),
         ),
     ),
-    # All PPO runs here are penalized for leaving the base model, as in DPOK; these are not.
+    # The PPO runs above are penalized for leaving the base model, as in DPOK; these are not.
     "penalty": (
         Train("text-free", f"{_CONFIGS}/text.yaml", ("objective.kl_weight=0",), reward="shapes"),
         Train("unet-free", f"{_CONFIGS}/unet.yaml", ("objective.kl_weight=0",), reward="shapes"),
