@@ -227,6 +227,7 @@ def _write(config: Config, results: dict[str, Evaluation], out: Path) -> dict[st
             "diversity": result.looks.diversity(base.prompts),
             "drift": result.looks.drift(base.looks),
             "style_drift": result.looks.style_drift(base.looks),
+            **result.looks.artefact_means(),
         }
         for label, result in results.items()
     }
@@ -282,7 +283,8 @@ def _print_policy(label: str, summary: dict[str, Any]) -> None:
     look = summary["looks"][label]
     print(
         f"  {label:<12} diversity {look['diversity']:.4f}, drift {look['drift']:.4f}, "
-        f"style drift {look['style_drift']:.4f}"
+        f"style drift {look['style_drift']:.4f}, "
+        f"high frequency {look['high_frequency']:.4f}, grid {look['grid']:.4f}"
     )
 
 

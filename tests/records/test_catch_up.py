@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,22 @@ def _evaluation(total: float) -> Evaluation:
         ("a", "a"), np.arange(2), np.full((2, 1), total), np.full(2, total), images,
         Looks.of(images),
     )  # fmt: skip
+
+
+def test_an_evaluation_records_artefacts_beside_the_base_models(tmp_path: Path) -> None:
+    config = load_config(SMOKE, [f"run_dir={tmp_path}"])
+    plain = _evaluation(0.3)
+    images = plain.shown.copy()
+    images[:, ::2, ::2] = images[:, 1::2, 1::2] = 150
+    with RunDirectory.create(config, "digest") as directory:
+        recorder = Recorder(config, directory)
+        recorder.base_evaluation(plain, new=True)
+        recorder.evaluation(2, replace(plain, shown=images, looks=Looks.of(images)))
+    found = recorder._evaluation
+    assert found["eval/base_grid"] == pytest.approx(0, abs=1e-6)
+    assert found["eval/base_high_frequency"] == pytest.approx(0, abs=1e-6)
+    assert found["eval/grid"] == pytest.approx(25 / 255, rel=0.05)
+    assert found["eval/high_frequency"] > 0.9
 
 
 def _stopped(run_dir: Path, *, evaluated: float | None) -> Any:

@@ -105,6 +105,27 @@ def test_full_run_has_every_section(tmp_path: Path) -> None:
     assert captions[1:] == ["step-9", "step-100"]
 
 
+def test_a_held_out_reward_is_charted_beside_the_trained_one(tmp_path: Path) -> None:
+    """On one scale: a standard deviation of the samples is one unit for each."""
+    rewards = "rewards: [{target: 'm:Redness'}, {name: shapes, weight: 0}]\n"
+    with MetricsLog(tmp_path) as log:
+        for i in range(4):
+            trained = {"reward/total_mean": 20.0 * i, "reward/total_std": 40.0}
+            log.append(i, trained | {"reward/shapes_mean": 0.5 - 0.1 * i, "reward/shapes_std": 0.2})
+    title = "Trained and held-out rewards"
+    assert title not in write_report(tmp_path).read_text("utf-8")  # without a config
+    (tmp_path / "config.yaml").write_text(rewards)
+    text = write_report(tmp_path).read_text("utf-8")
+    _Checker(text)
+    chart = text[text.index(f"<figcaption>{title}") :].partition("</figure>")[0]
+    assert re.findall(r"</i>(.*?) <b>(.*?)</b>", chart) == [
+        ("total", "1.5"),
+        ("shapes (held out)", "-1.5"),
+    ]
+    (tmp_path / "config.yaml").write_text(rewards.replace("weight: 0", "weight: 1"))
+    assert title not in write_report(tmp_path).read_text("utf-8")
+
+
 def test_nothing_in_the_report_runs_or_is_fetched(tmp_path: Path) -> None:
     _full_run(tmp_path)
     text = write_report(tmp_path).read_text("utf-8")

@@ -22,6 +22,14 @@ class Redness:
         return [float("nan"), *red.mean(axis=(1, 2))[1:]]
 
 
+class PlainRedness:
+    """How much redder than green or blue an image is, whatever the prompt: easily hacked."""
+
+    def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> list:
+        red = images[..., 0].astype(float) - images[..., 1:].mean(-1)
+        return red.mean(axis=(1, 2)).tolist()
+
+
 class NoScore:
     """Lacks the one method."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -15,7 +16,11 @@ class RewardConfig(Section):
     name: str | None = Field(None, description="a built-in reward")
     target: str | None = Field(None, description="your own reward: 'package.module:Class'")
     label: str | None = Field(None, description="name in metrics; default: name or class name")
-    weight: float = recorded(1.0, "factor in the weighted sum")
+    weight: float = recorded(
+        1.0,
+        "factor in the weighted sum; 0, without 'min': held out, i.e. only recorded, as a check on "
+        "the trained ones",
+    )
     normalize: Literal["none", "batch", "group"] = Field(
         "none",
         description="before the sum, shift and scale to mean 0, deviation 1: over the iteration "
@@ -76,6 +81,24 @@ class RewardConfig(Section):
     def key(self) -> str:
         """The component's name in metrics, samples and errors."""
         return self.label or self.name or str(self.target).partition(":")[2]
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it is only recorded: no part of the total, neither as a term nor as a gate."""
+        return not self.weight and self.min is None
+
+
+def trends_of(rewards: Sequence[RewardConfig]) -> tuple[list[str], list[str]]:
+    """Names of the rewards whose means show progress, and of the held-out ones.
+
+    The first are `total` or, where that has normalised parts, the trained rewards: a normalised
+    reward's mean over an iteration is always 0.
+    """
+    trained = [reward for reward in rewards if reward.weight]
+    shown = ["total"]
+    if any(reward.normalize != "none" for reward in trained):
+        shown = [reward.key for reward in trained if reward.weight > 0]
+    return shown, [reward.key for reward in rewards if reward.held_out]
 
 
 class AdvantageConfig(Section):

@@ -48,11 +48,6 @@ class ScoredBatch:
     rollouts: tuple[SampleInfo, ...]
     reward_seconds: dict[str, float]
 
-    @property
-    def scored(self) -> np.ndarray:
-        """bool [N]: samples that every reward could score."""
-        return ~np.isnan(self.rewards).any(axis=1)
-
 
 @dataclass(frozen=True)
 class TrainingBatch:
@@ -178,6 +173,12 @@ async def score(
     return np.stack(columns, axis=1), errors, seconds
 
 
+def is_scored(config: Config, rewards: np.ndarray) -> np.ndarray:
+    """Of scores, float64 [N, R]: bool [N], True where no reward failed that is not held out."""
+    failed = np.isnan(rewards) & [not reward.held_out for reward in config.rewards]
+    return ~failed.any(axis=1)
+
+
 def check_masked(config: Config, rewards: np.ndarray, errors: dict[str, str], what: str) -> None:
     """Stop instead of training on the rest if too many samples could not be scored.
 
@@ -186,7 +187,7 @@ def check_masked(config: Config, rewards: np.ndarray, errors: dict[str, str], wh
     """
     for column, reward in enumerate(config.rewards):
         failed = int(np.isnan(rewards[:, column]).sum())
-        if failed > config.advantage.max_masked * len(rewards):
+        if not reward.held_out and failed > config.advantage.max_masked * len(rewards):
             cause = errors.get(reward.key, "score() returned NaN")
             raise RewardError(
                 f"reward {reward.key} could not score {failed} of {len(rewards)} samples of "

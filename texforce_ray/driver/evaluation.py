@@ -11,7 +11,7 @@ import numpy as np
 
 from texforce_ray import randomness
 from texforce_ray.cluster.answers import gather
-from texforce_ray.driver.collect import check_masked, score
+from texforce_ray.driver.collect import check_masked, is_scored, score
 from texforce_ray.files import atomic_write_bytes, atomic_write_text, to_json
 from texforce_ray.prompts import Prompt, prompts_of_iteration
 from texforce_ray.records.images import comparison, save_png
@@ -31,7 +31,7 @@ class Evaluation:
     """N images of one policy.
 
     rewards: float64 [N, R], raw; total: float64 [N], weighted sum without normalisation, NaN where
-    a component is; shown: uint8 [G, H, W, 3], the first images; looks: of all images.
+    a component of it is; shown: uint8 [G, H, W, 3], the first images; looks: of all images.
     """
 
     prompts: tuple[str, ...]
@@ -101,7 +101,7 @@ async def evaluate(
     rewards = np.concatenate([rewards for rewards, *_ in parts])
     errors = {key: error for _, part_errors, *_ in parts for key, error in part_errors.items()}
     check_masked(config, rewards, errors, "an evaluation")
-    mask = ~np.isnan(rewards).any(axis=1)
+    mask = is_scored(config, rewards)
     # Without normalisation, so that totals of different policies are comparable.
     components = [Component(r.weight, "none", r.min, r.floor) for r in config.rewards]
     total = combine(rewards, mask, components, never_raise=True)

@@ -31,7 +31,8 @@ def reward_metrics(config: Config, training: TrainingBatch) -> dict[str, Any]:
         if reward.min is not None:
             metrics[f"reward/{name}_gated"] = int((scored < reward.min).sum())
         if len(config.rewards) > 1:
-            metrics[f"reward/{name}_correlation"] = _correlation(values[mask], total[mask])
+            both = mask & ~np.isnan(values)
+            metrics[f"reward/{name}_correlation"] = _correlation(values[both], total[both])
     return metrics | {
         "reward/masked": int((~mask).sum()),
         "advantage/mean": float(advantages[mask].mean()) if mask.any() else None,

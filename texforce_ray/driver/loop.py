@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from texforce_ray.driver.ahead import Sampling, sampling_ahead
-from texforce_ray.driver.collect import TrainingBatch, check_masked
+from texforce_ray.driver.collect import TrainingBatch, check_masked, is_scored
 from texforce_ray.driver.recorder import Record
 from texforce_ray.driver.session import Session
 
@@ -29,7 +29,8 @@ async def _iterate(session: Session, sampling: Sampling, record: Record, iterati
     with record.phase("rollout_wait"):
         batch = await sampling.take(iteration)
     # Replay the masks of an earlier attempt at this iteration, so that a repeat is identical.
-    mask = batch.scored & recorder.directory.recorded_mask(iteration, batch.seeds)
+    mask = is_scored(config, batch.rewards)
+    mask &= recorder.directory.recorded_mask(iteration, batch.seeds)
     check_masked(config, batch.rewards, batch.errors, f"iteration {iteration}")
     training = TrainingBatch(batch, mask, *session.estimator.advantages(batch, mask))
     await recorder.samples(training)

@@ -84,7 +84,9 @@ class Recorder:
         self._evaluation: dict[str, float] = {}
         self._whole = Whole()
         self._metrics = read_metrics(directory.path)[-1:]  # of a resumed run
-        self._alarms = LearningAlarms(_comparable(directory.path))
+        self._alarms = LearningAlarms(
+            _comparable(directory.path), config.rewards, config.samples_per_iteration
+        )
 
     async def samples(self, training: TrainingBatch) -> None:
         """Write the iteration's parquet file, before the update so that its masks are kept."""
@@ -115,10 +117,13 @@ class Recorder:
         self.evaluated = self._best = means["total"]
         self._evaluation = {f"eval/{name}": value for name, value in means.items()}
         self._evaluation["eval/diversity"] = result.looks.diversity(result.prompts)
+        artefacts = result.looks.artefact_means()
+        self._evaluation |= {f"eval/{name}": value for name, value in artefacts.items()}
         if self._base is not None:
             self._evaluation["eval/drift"] = result.looks.drift(self._base.looks)
             self._evaluation["eval/style_drift"] = result.looks.style_drift(self._base.looks)
             base = self._base.means(self.names)
+            base |= self._base.looks.artefact_means()
             self._evaluation |= {f"eval/base_{name}": value for name, value in base.items()}
         self._grid(version, result)
 

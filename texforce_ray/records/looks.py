@@ -1,4 +1,4 @@
-"""Compact data for comparing how images look: a thumbnail and a style of each."""
+"""Compact data for comparing how images look: a thumbnail, a style and artefacts of each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from texforce_ray.records.spectrum import artefacts
+
 _SIZE = (16, 16)  # of a thumbnail
 _LEVELS = 32  # quantiles of each of a style's distributions
 _PAIRED = 32  # images of a prompt whose pairs are compared
@@ -16,26 +18,30 @@ _PAIRED = 32  # images of a prompt whose pairs are compared
 
 @dataclass(frozen=True)
 class Looks:
-    """Of N images: thumbnails, uint8 [N, 16, 16, 3], and styles, float32 [N, K].
+    """Of N images: thumbnails, uint8 [N, 16, 16, 3], styles, float32 [N, K], artefacts, [N, 2].
 
     A style is the distributions of an image's colours, edges and textures, without their positions:
-    quantiles of each colour channel, of the strength of edges and of the local contrast.
+    quantiles of each colour channel, of the strength of edges and of the local contrast. Artefacts
+    (float64) are the two numbers of `spectrum.artefacts`.
     """
 
     thumbnails: np.ndarray
     styles: np.ndarray
+    artefacts: np.ndarray
 
     @staticmethod
     def of(images: np.ndarray) -> Looks:
         """From images, uint8 [N, H, W, 3]."""
         small = [np.array(Image.fromarray(image).resize(_SIZE)) for image in images]
-        return Looks(np.stack(small), np.stack([_style(image) for image in images]))
+        styles = np.stack([_style(image) for image in images])
+        return Looks(np.stack(small), styles, np.array([artefacts(image) for image in images]))
 
     @staticmethod
     def joined(parts: Sequence[Looks]) -> Looks:
         return Looks(
             np.concatenate([part.thumbnails for part in parts]),
             np.concatenate([part.styles for part in parts]),
+            np.concatenate([part.artefacts for part in parts]),
         )
 
     def diversity(self, prompts: Sequence[str]) -> float:
@@ -64,6 +70,11 @@ class Looks:
         The Wasserstein distance of each distribution, averaged: mere movement does not count.
         """
         return float(np.abs(self.styles - base.styles).mean())
+
+    def artefact_means(self) -> dict[str, float]:
+        """Means over the images: `high_frequency` and `grid`, explained in `spectrum.artefacts`."""
+        high_frequency, grid = self.artefacts.mean(axis=0).tolist()
+        return {"high_frequency": high_frequency, "grid": grid}
 
 
 def _style(image: np.ndarray) -> np.ndarray:

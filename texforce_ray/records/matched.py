@@ -86,7 +86,7 @@ def shared_reward(runs: Sequence[Sequence[Mapping[str, Any]]]) -> str | None:
 def _rewards(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     keys = dict.fromkeys(key for record in metrics for key in record)
     names = [key.removeprefix("eval/") for key in keys if key.startswith("eval/")]
-    other = ("total", "diversity", "drift", "style_drift")
+    other = ("total", "diversity", "drift", "style_drift", "high_frequency", "grid")
     return sorted(name for name in names if name not in other and not name.startswith("base_"))
 
 

@@ -6,13 +6,16 @@ import base64
 import math
 import os
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from texforce_ray.errors import shareable_yaml
+from texforce_ray.config.io import load_config
+from texforce_ray.config.rewards import trends_of
+from texforce_ray.errors import TexForceError, shareable_yaml
 from texforce_ray.files import atomic_write_text, from_json
 from texforce_ray.records.charts import Series, line_chart, path_chart, stacked_bars
 from texforce_ray.records.matched import curve_of
@@ -38,7 +41,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         _evaluation(run_dir / "evaluation"),
         _grids(run_dir / "images"),
         _strip(run_dir / "images"),
-        _charts(metrics),
+        _charts(metrics, _trends(run_dir)),
         _links(run_dir, (out or run_dir / "report.html").parent),
         _config(run_dir / "config.yaml"),
     )
@@ -64,7 +67,15 @@ def _key_figures(metrics: Metrics) -> str:
     return f'<section class="figures">{tiles}</section>'
 
 
-def _charts(metrics: Metrics) -> str:
+def _trends(run_dir: Path) -> tuple[list[str], list[str]]:
+    """Names of the trained and of the held-out rewards; none if there is no valid config."""
+    try:
+        return trends_of(load_config(run_dir / "config.yaml", stored=True).rewards)
+    except TexForceError:
+        return [], []
+
+
+def _charts(metrics: Metrics, trends: tuple[list[str], list[str]]) -> str:
     if not metrics:
         return ""
     keys = list(dict.fromkeys(key for record in metrics for key in record))
@@ -78,6 +89,7 @@ def _charts(metrics: Metrics) -> str:
     components = [key for key in rewards("_mean") if key != "reward/total_mean"]
     charts = [
         line_chart("Reward", [one("reward/total_mean", "reward/total_std")], note=_band_note(keys)),
+        _held_out_chart(metrics, *trends),
         line_chart("Reward components", [one(key) for key in components], note="raw values"),
         # A component near 1 decides the total alone, one near 0 is drowned out by the others.
         line_chart("Correlation with the total", [one(key) for key in rewards("_correlation")]),
@@ -99,6 +111,25 @@ def _charts(metrics: Metrics) -> str:
         _time_shares(metrics, keys),
     ]
     return f'<section><h2>Training</h2><div class="charts">{"".join(charts)}</div></section>'
+
+
+def _held_out_chart(metrics: Metrics, trained: list[str], held_out: list[str]) -> str:
+    """Trained and held-out rewards on one scale, so that a divergence is seen."""
+    series = []
+    for name in trained + held_out:
+        one = _series(metrics, f"reward/{name}_mean", name, "")
+        spread = [std for std in values(metrics, f"reward/{name}_std") if std]
+        known = [y for y in one.ys if y is not None]
+        if not known or not spread:
+            continue
+        unit = statistics.median(spread)
+        ys = [None if y is None else (y - known[0]) / unit for y in one.ys]
+        series.append(Series(f"{name}{' (held out)' * (name in held_out)}", one.xs, ys))
+    return line_chart(
+        "Trained and held-out rewards",
+        series if held_out else [],
+        note="change since the first iteration, in standard deviations of the samples",
+    )
 
 
 def _evaluations(keys: Sequence[str]) -> list[str]:

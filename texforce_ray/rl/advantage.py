@@ -40,7 +40,7 @@ def combine(
 
     Args:
         rewards: float64 [N, R], raw values; NaN where a component could not be scored.
-        mask: bool [N], True where every component was scored.
+        mask: bool [N], True where every component was scored that has a weight or a gate.
         components: R of them.
         prompts: N texts, needed for 'group'.
         never_raise: also cap a gated sample at its own ungated total.
@@ -50,6 +50,8 @@ def combine(
     """
     total, floor = np.zeros(len(rewards)), np.full(len(rewards), np.inf)
     for column, component in enumerate(components):
+        if not component.weight and component.gate is None:
+            continue  # held out: even a NaN is without effect
         raw = np.where(mask, rewards[:, column], 0.0)
         total += component.weight * _shifted(raw, mask, component.normalize, prompts)
         if component.gate is not None:
