@@ -199,7 +199,10 @@ def _units(config: Config) -> str:
 
 
 def _pairs(config: Config) -> str:
-    return f" x {config.trained_timesteps} timesteps" if config.objective.kind == "ppo" else ""
+    if config.objective.kind == "ppo":
+        return f" x {config.trained_timesteps} timesteps"
+    levels = config.noise_levels
+    return "" if levels is None else f" x {levels} noise levels"
 
 
 def _print_result(result: RunResult) -> None:

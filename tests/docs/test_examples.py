@@ -17,6 +17,7 @@ import pytest
 
 from tests.docs.blocks import REPO
 from texforce_ray.rewards.isolation import Environment, default_root
+from texforce_ray.rl.ppo_anchor import Anchor
 
 
 def load(name: str) -> ModuleType:
@@ -108,10 +109,10 @@ def test_the_one_file_version_has_the_products_gradient(tmp_path: Path) -> None:
         sampler.denoiser, learner.parameters, trajectory, advantages, rows
     )
     steps = np.tile(np.arange(example.TRAINED), (8, 1))
-    anchor = torch.from_numpy(trajectory.log_probs)
+    anchor = Anchor.of(trajectory.log_probs)
     theirs = learner._minibatch_gradient(
         UpdateBatch(trajectory, advantages, np.ones(8, dtype=bool)),
-        rows, steps, anchor, torch.ones_like(anchor), [Totals(learner.backbone.device)],
+        rows, steps, anchor, [Totals(learner.backbone.device)],
     )  # fmt: skip
     scale = max(float(gradient.abs().max()) for gradient in theirs)
     assert scale > 0

@@ -16,6 +16,7 @@ from texforce_ray.config import Config
 from texforce_ray.config.io import make_config
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.model.backbone import load_backbone, load_config_backbone
+from texforce_ray.rl.objectives import make_learner
 from texforce_ray.rl.ppo_learner import PpoLearner
 from texforce_ray.rl.sharding import UpdateBatch
 
@@ -79,6 +80,29 @@ def test_two_updates_agree_with_the_sampler_and_with_float32(
         if dtype != "float32" and not iteration:
             assert metrics["learner/gradient_agreement"] > 0.9
             assert metrics["learner/gradient_zeros"] < 0.01
+    assert learner.learned().snapshot.changes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["nft", "awm", "rwr", "raft"])
+def test_objectives_on_the_forward_process_learn_there(
+    kind: str, dtype: str, tiny_pipeline: Path
+) -> None:
+    config = _config(tiny_pipeline, dtype, steps=4, guidance=1.0, compiled=False)
+    anchors = {"anchor_weight": 0.1, "embedding_anchor_weight": 0.1, "levels": 2}
+    config = make_config(config.model_dump() | {"objective": {"kind": kind, **anchors}})
+    learner = make_learner(load_config_backbone(config, 1.0), config)
+    assert learner.backbone.device.type == DEVICE
+    d = config.diffusion
+    sampler = Sampler(learner.backbone, steps=4, eta=0.0, guidance_scale=1.0,
+                      storage_dtype=d.storage_dtype)  # fmt: skip
+    for iteration in range(2):
+        trajectory, _ = sampler.sample(PROMPTS, SEEDS + iteration, iteration)
+        batch = UpdateBatch(trajectory, np.array([1.0, -1.0]), np.ones(2, dtype=bool))
+        metrics = learner.update(batch)
+        assert np.isfinite(metrics["forward/loss"])
+        assert metrics["learner/grad_norm"] > 0
+    assert metrics["forward/embedding_anchor"] > 0
     assert learner.learned().snapshot.changes
 
 

@@ -83,4 +83,6 @@ def test_the_variable_part_of_a_name_becomes_a_label() -> None:
 
 
 def test_the_page_has_the_whole_table() -> None:
-    assert markdown() in (REPO / "docs" / "observability.md").read_text()
+    text = (REPO / "docs" / "observability.md").read_text()
+    assert markdown() in text
+    assert text.count("| live, Prometheus only |") == 1

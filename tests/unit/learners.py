@@ -34,7 +34,8 @@ def configured(**sections: Any) -> Config:
         "learner": {"microbatch_size": 5},
     }
     for name, changes in sections.items():
-        values[name] = values.get(name, {}) | changes
+        before = {} if "kind" in changes else values.get(name, {})
+        values[name] = before | changes
     return make_config(values)
 
 

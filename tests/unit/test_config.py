@@ -111,7 +111,7 @@ def test_every_wrong_key_is_reported_at_once() -> None:
     [
         ("seed=x", "seed: Input should be a valid integer"),
         ("seed=x", "(got 'x')"),
-        ("diffusion.eta=0", "diffusion.eta: Input should be greater than 0 (got 0)"),
+        ("diffusion.eta=-1", "diffusion.eta: Input should be greater than or equal to 0 (got -1)"),
         ("model.dtype=fp16", "'float32', 'float16' or 'bfloat16' (got 'fp16')"),
         ("advantage.mode=dr", "'prompt', 'group' or 'batch'"),
         ("max_staleness=2", "max_staleness: Input should be less than or equal to 1 (got 2)"),
@@ -149,8 +149,31 @@ def test_wrong_value_names_key_and_value(override: str, shown: str) -> None:
             ["advantage.mode=group", "prompts.samples_per_prompt=1", "rollout.batch_size=16"],
             ["prompts.samples_per_prompt: 1", "'group'"],
         ),
+        (["diffusion.eta=0"], ["diffusion.eta: 0", "PPO has no likelihood", "nft, awm"]),
+        (
+            [
+                "objective.kind=nft", "objective.embedding_anchor_weight=0.1",
+                "lora.text_encoder=null", "lora.denoiser={}",
+            ],
+            ["objective.embedding_anchor_weight: 0.1", "no text encoder is trained"],
+        ),
+        (
+            ["objective.kind=raft", "objective.best=8"],
+            ["objective.best: 8 of prompts.samples_per_prompt = 8", "at most 7"],
+        ),
+        (
+            [
+                "objective.kind=raft", "objective.best=16", "prompts.samples_per_prompt=1",
+                "advantage.mode=batch", "rollout.batch_size=16",
+            ],
+            ["objective.best: 16 of the iteration's 16 samples", "at most 15"],
+        ),
+        (
+            ["objective.trust=kl_mask", "objective.decoupled=never", "model.dtype=float16"],
+            ["objective.trust: 'kl_mask' compares means", "objective.decoupled to 'auto'"],
+        ),
     ],
-)
+)  # fmt: skip
 def test_impossible_arithmetic_lists_what_is_possible(
     overrides: list[str], parts: list[str]
 ) -> None:

@@ -23,7 +23,7 @@ from texforce_ray.records.run_directory import read_config
         ("lora: {unet: null}", "lora.unet: no longer exists; remove it"),
         ("objective: direct", "objective: Input should be a valid dictionary .*'direct'"),
         ("objective: [direct]", "objective: Input should be a valid dictionary"),
-        ("objective: {kind: ddpo}", "objective: .*'ddpo'.*'ppo', 'direct', 'custom'"),
+        ("objective: {kind: ddpo}", "objective: .*'ddpo'.*'ppo', 'direct', 'nft', .*'custom'"),
         ("lora: {text_encoder_2: other}", r"lora.text_encoder_2: Input should be 'same' \(got 'o"),
         ("lora: {text_encoder_2: 3}", r"lora.text_encoder_2: Input should be .* \(got 3\)"),
         ("lora: {text_encoder_2: {rank: 0}}", r"lora.text_encoder_2.rank: .* \(got 0\)"),

@@ -82,9 +82,9 @@ def test_a_target_kl_recovers_after_a_batch_that_is_not_finite() -> None:
         ones = torch.ones(2)
         return ppo.PpoLoss(ones, ones, ones * kl, ones)
 
-    totals.add(result(float("nan")), None)
+    totals.add(result(float("nan")), None, torch.zeros(2))
     assert np.isnan(totals.take_kl()[1])
-    totals.add(result(5.0), None)
+    totals.add(result(5.0), None, torch.zeros(2))
     assert totals.take_kl() == [2.0, 10.0]
     assert totals.take_kl() == [0.0, 0.0]
 

@@ -21,10 +21,13 @@ from tests.unit.learners import (
     configured,
     sample,
 )
+from texforce_ray.diffusion.denoiser import draw_noise
+from texforce_ray.diffusion.process import Process
 from texforce_ray.model.backbone import Backbone
 from texforce_ray.rl.likelihood import Pairs
+from texforce_ray.rl.ppo_anchor import Anchor, sampled_means
 from texforce_ray.rl.ppo_learner import PpoLearner
-from texforce_ray.rl.ppo_totals import Totals
+from texforce_ray.rl.ppo_totals import Totals, mean_metrics
 from texforce_ray.rl.sharding import UpdateBatch
 
 Load = Callable[[], Backbone]
@@ -57,9 +60,8 @@ def trained(
     return make
 
 
-def _anchor(batch: UpdateBatch) -> tuple[Tensor, Tensor]:
-    anchor = torch.from_numpy(batch.trajectory.log_probs)
-    return anchor, torch.ones_like(anchor)
+def _anchor(batch: UpdateBatch) -> Anchor:
+    return Anchor.of(batch.trajectory.log_probs)
 
 
 def _gradient(learner: PpoLearner, batch: UpdateBatch, steps: np.ndarray) -> list[Tensor]:
@@ -75,7 +77,7 @@ def _gradient(learner: PpoLearner, batch: UpdateBatch, steps: np.ndarray) -> lis
         patch.setattr(nn.utils, "clip_grad_norm_", capture)
         totals = [Totals(CPU) for _ in range(learner.config.learner.gradient_shards)]
         rows = np.arange(len(PROMPTS))
-        gradient = learner._minibatch_gradient(batch, rows, steps, *_anchor(batch), totals)
+        gradient = learner._minibatch_gradient(batch, rows, steps, _anchor(batch), totals)
         learner._apply(gradient)
     return captured
 
@@ -98,14 +100,40 @@ def _plain_autograd(learner: PpoLearner, batch: UpdateBatch, steps: np.ndarray) 
                 base = backbone.predict(x, process.timesteps[step], empty)
                 output = base + g * (output - base)
             mean = process.mean(step, x, output)
-            ratio = (
-                process.log_prob(step, x_prev, mean) - float(trajectory.log_probs[row, index])
-            ).exp()
-            clip, advantage = learner.config.ppo.clip_range, batch.advantages[row]
-            losses.append(
-                -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-            )
+            log_prob = process.log_prob(step, x_prev, mean)
+            losses.append(_loss(learner, batch, row, index, mean, log_prob))
     return list(torch.autograd.grad(torch.cat(losses).mean(), learner.parameters))
+
+
+def _loss(
+    learner: PpoLearner, batch: UpdateBatch, row: int, index: int, mean: Tensor, log_prob: Tensor
+) -> Tensor:
+    """As the papers write it, with the mean of the policy that sampled from its noise."""
+    objective, process, trajectory = learner.config.ppo, learner.process, batch.trajectory
+    advantage, sigma = batch.advantages[row], float(process.sigma[index])
+    noise = draw_noise(learner.backbone, trajectory.seeds[[row]], STEPS)[index + 1].double()
+    old = torch.from_numpy(trajectory.latents[[row], index + 1]).double() - sigma * noise
+    divergence = ((mean - old) ** 2 / (2 * sigma**2)).mean()
+    log_ratio = log_prob - float(trajectory.log_probs[row, index])
+    weight = 1.0
+    if objective.level == "guard":
+        log_ratio = (log_ratio + divergence) * sigma
+        slopes = [_slope(process, step) for step in process.trainable]
+        weight = np.mean([1 / slope for slope in slopes]) ** -1 / _slope(process, index)
+    elif objective.level == "tempflow":
+        weight = sigma / float(process.sigma[process.trainable].mean())
+    ratio = log_ratio.exp()
+    if objective.trust == "kl_mask":
+        gone = divergence.item() >= objective.trust_kl and log_ratio.item() * advantage > 0
+        return -weight * ratio * advantage * (not gone)
+    limited = ratio.clamp(1 - objective.clip_range, 1 + objective.clip_range)
+    return -weight * torch.minimum(ratio * advantage, limited * advantage)
+
+
+def _slope(process: Process, index: int) -> float:
+    """What a step makes of a change of the network's output."""
+    step, zero = torch.tensor([index]), torch.zeros(1, 1, 1, 1)
+    return abs(float(process.mean(step, zero, zero + 1) - process.mean(step, zero, zero)))
 
 
 ALL_STEPS = np.tile(np.arange(STEPS), (4, 1))
@@ -130,6 +158,55 @@ def test_gradient_is_that_of_plain_autograd(
     _assert_close(_gradient(learner, batch, SOME_STEPS), expected, 1e-6)
 
 
+@pytest.mark.parametrize("trust", ["clip", "kl_mask"])
+@pytest.mark.parametrize("level", ["none", "guard", "tempflow"])
+def test_levels_and_trust_regions_are_the_papers(trained: Callable, level: str, trust: str) -> None:
+    bounds = {"clip_range": 3e-4 if level == "guard" else 2e-3, "trust_kl": 2e-5}
+    variant = {"level": level, "trust": trust, "timestep_fraction": 1.0, **bounds}
+    learner, batch = trained(objective=variant)
+    totals = Totals(CPU)
+    pairs = Pairs.of(np.arange(4), ALL_STEPS)
+    learner._shard_gradient(batch, pairs, _anchor(batch), 16, totals)
+    assert 0 < mean_metrics(np.array([totals.row()]))["ppo/clipfrac"] < 1
+    expected = _plain_autograd(learner, batch, ALL_STEPS)
+    # float32 noise: the old means are exact only to its precision.
+    _assert_close(_gradient(learner, batch, ALL_STEPS), expected, 1e-4)
+
+
+@pytest.mark.parametrize("level", ["guard", "tempflow"])
+def test_levelled_steps_weigh_one_on_average_over_those_that_may_be_trained(
+    tiny_backbone: Load, level: str
+) -> None:
+    objective = {"level": level, "timestep_choice": "first", "timestep_fraction": 0.5}
+    learner = PpoLearner(tiny_backbone(), configured(objective=objective))
+    assert learner.level is not None
+    assert float(learner.level[:2].mean()) == pytest.approx(1.0)
+    assert len(set(learner.level.tolist())) == STEPS
+
+
+def test_the_samplers_means_follow_from_samples_and_their_noise(tiny_backbone: Load) -> None:
+    """So trajectories need not store them."""
+    learner = PpoLearner(tiny_backbone(), configured())
+    trajectory, pairs = sample(learner), Pairs.of(np.arange(4), ALL_STEPS)
+    kept: dict[tuple[int, int], Tensor] = {}
+    learner.likelihood.log_probs(trajectory, pairs, means=kept)
+    found = sampled_means(learner.likelihood, trajectory, pairs)
+    again = torch.stack([kept[pair] for pair in zip(pairs.sample, pairs.step, strict=True)])
+    torch.testing.assert_close(found, again, atol=2e-5, rtol=0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("variant", [{"level": "guard"}, {"trust": "kl_mask"}])
+def test_decoupled_variants_measure_from_the_proximal_policy(
+    tiny_backbone: Load, variant: dict[str, str]
+) -> None:
+    """In half precision stored latents are rounded, and means cannot follow from them."""
+    learner = PpoLearner(tiny_backbone(), configured(objective={"decoupled": "always", **variant}))
+    metrics = learner.update(batch_of(sample(learner)))
+    assert metrics["ppo/ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert metrics["learner/grad_norm"] > 0
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("text_encoder", [True, False], ids=["joint", "unet"])
@@ -147,7 +224,7 @@ def test_gradient_with_a_unet_adapter_is_that_of_plain_autograd(
 def test_that_comparison_has_pairs_with_and_without_gradient(trained: Callable) -> None:
     learner, batch = trained()
     pairs = Pairs.of(np.arange(4), SOME_STEPS)
-    stored = _anchor(batch)[0][pairs.sample, pairs.step]
+    stored = _anchor(batch).log_probs[pairs.sample, pairs.step]
     ratio = (learner.likelihood.log_probs(batch.trajectory, pairs) - stored).exp()
     beyond = (ratio - 1) * torch.from_numpy(ADVANTAGES[pairs.sample]).sign()
     ended = beyond > learner.config.ppo.clip_range
@@ -180,20 +257,22 @@ def test_gradient_shards_do_not_change_the_gradient(trained: Callable, shards: i
 def test_decoupled_weights_reach_the_gradient(trained: Callable) -> None:
     learner, batch = trained(objective={"decoupled": "always", "behaviour_cap": 1.001})
     steps = ALL_STEPS
-    anchor, weight, error = learner._proximal(batch, steps, _anchor(batch)[0])
+    anchor, error = learner._proximal(batch, steps, _anchor(batch).log_probs)
     assert error > 1e-4
     pairs = Pairs.of(np.arange(4), steps)
     current = learner.likelihood.log_probs(batch.trajectory, pairs).reshape(4, STEPS)
-    torch.testing.assert_close(anchor, current, rtol=1e-12, atol=0)
-    expected = (current - _anchor(batch)[0]).exp().clamp(max=1.001)
+    torch.testing.assert_close(anchor.log_probs, current, rtol=1e-12, atol=0)
+    expected = (current - _anchor(batch).log_probs).exp().clamp(max=1.001)
+    weight = anchor.weight
     torch.testing.assert_close(weight, expected, rtol=1e-12, atol=0)
     assert (weight == 1.001).any()
     assert (weight < 1.001).any()
     # At the proximal policy the ratio is 1: the gradient is that of -w A log pi.
-    ours = learner._shard_gradient(batch, pairs, anchor, weight, len(pairs), Totals(CPU))
+    ours = learner._shard_gradient(batch, pairs, anchor, len(pairs), Totals(CPU))
     scaled = replace(batch, advantages=np.ones(4))
     by_weight = torch.from_numpy(ADVANTAGES)[:, None] * weight
-    expected = learner._shard_gradient(scaled, pairs, anchor, by_weight, len(pairs), Totals(CPU))
+    weighted = Anchor(anchor.log_probs, by_weight)
+    expected = learner._shard_gradient(scaled, pairs, weighted, len(pairs), Totals(CPU))
     _assert_close(ours, expected, 1e-9)
 
 
@@ -219,7 +298,7 @@ def test_kl_is_zero_at_the_base_and_pulls_towards_it(
 def test_kl_equals_the_divergence_of_the_two_policies(trained: Callable) -> None:
     learner, batch = trained(objective={"kl_weight": 0.5, "clip_range": 0.9})
     pairs, totals = Pairs.of(np.arange(4), ALL_STEPS), Totals(CPU)
-    learner._shard_gradient(batch, pairs, *_anchor(batch), len(pairs), totals)
+    learner._shard_gradient(batch, pairs, _anchor(batch), len(pairs), totals)
 
     def means() -> Tensor:
         conditioning, prompt = learner.likelihood.encode(batch.trajectory, np.arange(4))

@@ -20,6 +20,9 @@ from texforce_ray.rl import precision
 from texforce_ray.rl.direct_learner import DirectLearner
 from texforce_ray.rl.learner import Learner
 from texforce_ray.rl.likelihood import Pairs
+from texforce_ray.rl.nft_learner import NftLearner
+from texforce_ray.rl.objectives import make_learner
+from texforce_ray.rl.ppo_anchor import Anchor
 from texforce_ray.rl.ppo_learner import PpoLearner
 from texforce_ray.rl.ppo_totals import Totals
 from texforce_ray.rl.sharding import UpdateBatch
@@ -67,9 +70,13 @@ def _learner(kind: str, dtype: str, randomize: Callable[..., None], **sections: 
     if kind == "direct":
         sections |= {"objective": {"kind": "direct", "method": "draft", "steps": 2}}
         learner = DirectLearner(backbone, _config(dtype, **sections), _redness)
+    elif kind in ("nft", "rwr"):
+        sections |= {"objective": {"kind": kind, "embedding_anchor_weight": 0.1}}
+        learner = make_learner(backbone, _config(dtype, **sections))
     else:
         learner = PpoLearner(backbone, _config(dtype, **sections))
     randomize(learner.adapter, seed=1, scale=0.05)
+    learner.copies_from_adapter()
     return learner
 
 
@@ -89,19 +96,20 @@ def _batch(learner: Learner) -> UpdateBatch:
 def _gradient(learner: Learner, batch: UpdateBatch, valid: int) -> list[Tensor]:
     """The gradient of the batch's summed loss divided by `valid`."""
     rows = np.arange(4)
-    if isinstance(learner, DirectLearner):
+    if isinstance(learner, NftLearner):
+        learner._old = learner._copy()
+    if not isinstance(learner, PpoLearner):
         return learner.shard_gradient(batch, rows, valid)[0]
-    assert isinstance(learner, PpoLearner)
     pairs = Pairs.of(rows, STEPS)
     anchor = torch.from_numpy(np.array(batch.trajectory.log_probs))
     anchor[pairs.sample, pairs.step] = learner.likelihood.log_probs(batch.trajectory, pairs)
-    totals, ones = Totals(learner.backbone.device), torch.ones_like(anchor)
-    return learner._shard_gradient(batch, pairs, anchor, ones, valid, totals, clip_range=1e9)
+    totals = Totals(learner.backbone.device)
+    return learner._shard_gradient(batch, pairs, Anchor.of(anchor), valid, totals, plain=True)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("kind", ["text", "joint", "direct"])
+@pytest.mark.parametrize("kind", ["text", "joint", "direct", "nft", "rwr"])
 def test_half_precision_keeps_the_gradient_at_the_magnitudes_of_sd(
     randomize: Callable[..., None], kind: str, dtype: str
 ) -> None:
@@ -152,7 +160,7 @@ def test_weights_come_back_from_float32_bit_for_bit() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["text", "direct"])
+@pytest.mark.parametrize("kind", ["text", "direct", "nft"])
 def test_the_first_update_says_how_far_its_gradient_is_that_of_float32(
     randomize: Callable[..., None], kind: str
 ) -> None:
@@ -208,13 +216,13 @@ def test_too_little_memory_leaves_nothing_behind(
     batch, held = _batch(learner), []
     original = learner.likelihood.log_probs
 
-    def log_probs(*given: Any) -> Tensor:
+    def log_probs(*given: Any, **named: Any) -> Tensor:
         if learner.backbone.dtype == torch.float32:
             large = torch.ones(1)
             held.append(weakref.ref(large))
             raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
         assert all(reference() is None for reference in held)
-        return original(*given)
+        return original(*given, **named)
 
     monkeypatch.setattr(learner.likelihood, "log_probs", log_probs)
     assert learner.update(batch)["learner/gradient_agreement"] > 0.99

@@ -13,6 +13,7 @@ import torch
 from texforce_ray.config.io import make_config
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.model.backbone import Backbone
+from texforce_ray.rl.ppo_anchor import Anchor
 from texforce_ray.rl.ppo_learner import PpoLearner
 from texforce_ray.rl.ppo_totals import Totals
 from texforce_ray.rl.sharding import UpdateBatch
@@ -56,8 +57,8 @@ def test_the_released_order_gives_the_same_samples_and_gradients(
     batch = UpdateBatch(theirs, np.linspace(-2, 2, 6), mask)
     rows, steps = np.array([5, 0, 3, 1, 2, 4]), np.array([[0, 2]] * 3 + [[1, 3]] * 3)
     expected = released.gradient(batch, rows, steps)
-    anchor, totals = torch.from_numpy(theirs.log_probs), [Totals(torch.device("cpu"))]
-    found = learner._minibatch_gradient(batch, rows, steps, anchor, torch.ones_like(anchor), totals)
+    anchor, totals = Anchor.of(theirs.log_probs), [Totals(torch.device("cpu"))]
+    found = learner._minibatch_gradient(batch, rows, steps, anchor, totals)
     scale = max(float(t.abs().max()) for t in expected)
     assert scale > 0
     for one, other in zip(found, expected, strict=True):

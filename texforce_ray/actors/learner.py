@@ -54,13 +54,13 @@ class LearnerActor:
 
     def _begin(self, backbone: Backbone, config: Config) -> None:
         from texforce_ray.model.effect import EffectProbe
-        from texforce_ray.model.flops import matmul_peak, pair_flops
+        from texforce_ray.model.flops import matmul_peak, pass_flops
         from texforce_ray.rl.objectives import make_learner
 
         self.config = config
         self._address: str | None = None
         self._ready = False  # a new process holds a version 0, but maybe not this run's
-        self._pair_flops = pair_flops(backbone, config.diffusion.guidance_scale)
+        self._pass_flops = pass_flops(backbone, decoder=config.direct is not None)
         self._peak_flops = matmul_peak(backbone.device, backbone.dtype)
         self.learner: Learner = make_learner(backbone, config)
         self._probe = EffectProbe(backbone)
@@ -129,7 +129,7 @@ class LearnerActor:
             metrics,
             seconds=time.perf_counter() - start,
             fetch_seconds=fetched,
-            flops=metrics.get("ppo/trained_pairs", 0) * self._pair_flops,
+            flops=self.learner.update_flops(metrics, self._pass_flops),
             peak_flops=self._peak_flops * membership.size,
             trace=trace,
         )

@@ -71,19 +71,21 @@ class LearnerState:
 
     version: number of iterations trained; updates: number of optimizer steps done.
     optimizer: Adam's moments, `<index>/exp_avg` and so on, in the adapter's parameter order.
-    skipped: number of updates skipped in a row, up to now.
+    skipped: number of updates skipped in a row, up to now. own: what the objective keeps besides.
     """
 
     version: int
     updates: int
     optimizer: Tensors = field(default_factory=dict)
     skipped: int = 0
+    own: Tensors = field(default_factory=dict)
 
 
 class Learned(NamedTuple):
     """What a learner publishes of one version: all that another learner needs to continue.
 
-    average: the averaged adapter, which is evaluated and exported; None without EMA.
+    snapshot: what samples the next iteration. average: what is evaluated and exported, if that is
+    another adapter, such as the moving average.
     """
 
     snapshot: PolicySnapshot

@@ -10,9 +10,14 @@ from __future__ import annotations
 from texforce_ray.config.actors import LearnerConfig, PlacementConfig, RayConfig, RolloutConfig
 from texforce_ray.config.fields import DType
 from texforce_ray.config.learning import (
+    AwmObjective,
+    CustomObjective,
     DirectObjective,
+    NftObjective,
     OptimizerConfig,
     PpoObjective,
+    RaftObjective,
+    RwrObjective,
     UpdateConfig,
 )
 from texforce_ray.config.model import (
@@ -27,8 +32,9 @@ from texforce_ray.config.rewards import AdvantageConfig, RewardConfig
 from texforce_ray.config.schema import Config, recorded_paths
 
 __all__ = [
-    "AdapterConfig", "AdvantageConfig", "Config", "DType", "DiffusionConfig", "DirectObjective",
-    "EvalConfig", "LearnerConfig", "LoraConfig", "MlflowConfig", "ModelConfig", "OptimizerConfig",
-    "PlacementConfig", "PpoObjective", "PromptSource", "PromptsConfig", "RayConfig", "RewardConfig",
-    "RolloutConfig", "TrackConfig", "UpdateConfig", "WandbConfig", "recorded_paths",
+    "AdapterConfig", "AdvantageConfig", "AwmObjective", "Config", "CustomObjective", "DType",
+    "DiffusionConfig", "DirectObjective", "EvalConfig", "LearnerConfig", "LoraConfig",
+    "MlflowConfig", "ModelConfig", "NftObjective", "OptimizerConfig", "PlacementConfig",
+    "PpoObjective", "PromptSource", "PromptsConfig", "RaftObjective", "RayConfig", "RewardConfig",
+    "RolloutConfig", "RwrObjective", "TrackConfig", "UpdateConfig", "WandbConfig", "recorded_paths",
 ]  # fmt: skip

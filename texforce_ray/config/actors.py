@@ -52,9 +52,9 @@ class LearnerConfig(Section):
     microbatch_size: AutoSize = Field(
         64,
         ge=0,
-        description="(sample, timestep) pairs in one pass through the U-Net; with objective.kind "
-        "'direct', counted over all steps with gradient, but at least one image; 'auto': as for "
-        "rollout.batch_size",
+        description="(sample, timestep or noise level) pairs in one pass through the U-Net; with "
+        "objective.kind 'direct', counted over all steps with gradient, but at least one image; "
+        "'auto': as for rollout.batch_size",
     )
     gradient_shards: int = Field(
         1,

@@ -23,6 +23,20 @@ class PpoObjective(Section):
         "which decide what is in the image. With few denoising steps the last ones have a small "
         "sigma, and their likelihood drowns the others' gradient in noise",
     )
+    level: Literal["none", "guard", "tempflow"] = Field(
+        "none",
+        description="make timesteps count alike: 'guard': ratios that do not depend on a step's "
+        "noise, losses divided by what the step makes of the network's output (GRPO-Guard); "
+        "'tempflow': losses weighted by the step's noise (TempFlow-GRPO)",
+    )
+    trust: Literal["clip", "kl_mask"] = Field(
+        "clip",
+        description="'clip': the ratio; 'kl_mask': leave out pairs whose KL to the sampling policy "
+        "has reached trust_kl and whose ratio has already moved the advantage's way (Flow-DPPO)",
+    )
+    trust_kl: float = Field(
+        1e-5, gt=0, description="of trust 'kl_mask', averaged over latent dimensions"
+    )
     kl_weight: float = recorded(
         0.0,
         "weight of the KL to the base policy, averaged over latent dimensions like "
@@ -50,6 +64,11 @@ class PpoObjective(Section):
         allow_inf_nan=True,
     )
 
+    @property
+    def needs_means(self) -> bool:
+        """Whether the loss compares means of steps, not only their log-probabilities."""
+        return self.level == "guard" or self.trust == "kl_mask"
+
 
 class DirectObjective(Section):
     """Backpropagation of differentiable rewards through the last steps."""
@@ -70,6 +89,65 @@ class DirectObjective(Section):
     )
 
 
+class ForwardObjective(Section):
+    """On the forward process: finished samples are noised again, and the policy denoises them."""
+
+    levels: int = Field(
+        4, ge=1, description="noise levels of the process at which each sample is trained"
+    )
+    anchor_weight: float = recorded(
+        0.0, "weight of the squared difference between the policy's output and the base's", ge=0
+    )
+    embedding_anchor_weight: float = recorded(
+        0.0,
+        "weight of the squared difference between the prompts' embeddings and the base's; costs no "
+        "pass through the U-Net",
+        ge=0,
+    )
+
+
+class NftObjective(ForwardObjective):
+    """DiffusionNFT (Zheng et al. 2025): towards good samples and away from bad ones."""
+
+    kind: Literal["nft"] = Field("nft", description="which objective")
+    beta: float = Field(
+        1.0, gt=0, description="how far the implicit good and bad policies are from the old one"
+    )
+    advantage_max: float = Field(
+        5.0, gt=0, description="A_max: an advantage of this counts as entirely good"
+    )
+    old_rate: float = Field(
+        0.001, ge=0, description="the old policy's decay grows by this in each iteration"
+    )
+    old_decay_max: float = Field(0.5, ge=0, lt=1, description="up to this")
+    old_start: int = Field(
+        0, ge=0, description="iterations before it grows; until then the newest policy samples"
+    )
+
+
+class RwrObjective(ForwardObjective):
+    """Reward-weighted regression (Lee et al. 2023); the reward needs no gradient."""
+
+    kind: Literal["rwr"] = Field("rwr", description="which objective")
+    temperature: float = Field(
+        1.0, gt=0, description="tau: a sample's weight is exp(advantage / tau), 1 on average"
+    )
+
+
+class RaftObjective(ForwardObjective):
+    """Regression on the best samples of each prompt (Dong et al. 2023)."""
+
+    kind: Literal["raft"] = Field("raft", description="which objective")
+    best: int = Field(1, ge=1, description="samples of each prompt that count, the best ones")
+
+
+class AwmObjective(ForwardObjective):
+    """Advantage-weighted matching (Xue et al. 2025): PPO whose log-probability is -error."""
+
+    kind: Literal["awm"] = Field("awm", description="which objective")
+    clip_range: float = Field(1e-3, gt=0, lt=1, description="r is clipped to 1 +- this")
+
+
 class CustomObjective(Section):
     """An objective of your own: docs/extending.md."""
 
@@ -87,7 +165,16 @@ def _kind(value: Any) -> Any:
 
 
 Objective: TypeAlias = Annotated[
-    Annotated[PpoObjective | DirectObjective | CustomObjective, Field(discriminator="kind")],
+    Annotated[
+        PpoObjective
+        | DirectObjective
+        | NftObjective
+        | AwmObjective
+        | RwrObjective
+        | RaftObjective
+        | CustomObjective,
+        Field(discriminator="kind"),
+    ],
     BeforeValidator(_kind),
 ]
 

@@ -120,7 +120,13 @@ class DiffusionConfig(Section):
     """The Markov decision process: DDIM with noise, and classifier-free guidance."""
 
     steps: int = Field(50, ge=1, le=500, description="denoising steps")
-    eta: float = Field(1.0, gt=0, le=1, description="share of DDPM noise; 0 has no likelihood")
+    eta: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="share of DDPM noise; 0, a deterministic solver, has no likelihood: for "
+        "objectives other than ppo",
+    )
     guidance_scale: float = Field(5.0, ge=0, description="g; at most 1 means no guidance")
     storage_dtype: Literal["float32", "float16"] = Field(
         "float32",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from texforce_ray.config.learning import PpoObjective
+
 if TYPE_CHECKING:
     from texforce_ray.config.schema import Config
 
@@ -127,13 +129,53 @@ def rewards_can_be_differentiated(config: Config) -> None:
             )
 
 
+def likelihoods_need_noise(config: Config) -> None:
+    if config.objective.kind == "ppo" and not config.diffusion.eta:
+        raise ValueError(
+            "diffusion.eta: 0 samples without noise, so PPO has no likelihood to train on; use "
+            "eta 1, or an objective.kind that needs none: nft, awm, rwr, raft, direct"
+        )
+
+
+def anchored_embeddings_are_trained(config: Config) -> None:
+    weight = getattr(config.objective, "embedding_anchor_weight", 0.0)
+    if weight and config.lora.text_encoder is None and config.lora.second is None:
+        raise ValueError(
+            f"objective.embedding_anchor_weight: {weight:g}, but no text encoder is trained, so "
+            "embeddings never change; set it to 0, or use objective.anchor_weight"
+        )
+
+
+def the_best_are_some_of_a_group(config: Config) -> None:
+    best, samples = getattr(config.objective, "best", 0), config.prompts.samples_per_prompt
+    group, of = samples, f"prompts.samples_per_prompt = {samples}"
+    if samples == 1:  # then all of an iteration's samples compete
+        group = config.samples_per_iteration
+        of = f"the iteration's {group} samples"
+    if best >= group:
+        raise ValueError(f"objective.best: {best} of {of} selects nothing; use at most {group - 1}")
+
+
+def measured_steps_are_exact(config: Config) -> None:
+    objective = config.objective
+    if not isinstance(objective, PpoObjective) or config.exact_numerics:
+        return
+    variant = "level" if objective.level == "guard" else "trust"
+    if objective.decoupled == "never" and objective.needs_means:
+        raise ValueError(
+            f"objective.{variant}: {getattr(objective, variant)!r} compares means, which rounded "
+            "latents do not give back: set objective.decoupled to 'auto', or "
+            "diffusion.storage_dtype and model.dtype to float32"
+        )
+
+
 def rewards_have_names_of_their_own(config: Config) -> None:
     keys = [reward.key for reward in config.rewards]
     if twice := {key for key in keys if keys.count(key) > 1}:
         raise ValueError(f"rewards: {sorted(twice)} named twice; give each its own 'label'")
     # Metrics use these names for the sum of all rewards and for statistics of the images.
-    taken = {"total", "diversity", "drift", "style_drift"}
-    taken |= {f"base_{key}" for key in ("total", *keys)}
+    taken = {"total", "diversity", "drift", "style_drift", "high_frequency", "grid"}
+    taken |= {f"base_{key}" for key in ("total", "high_frequency", "grid", *keys)}
     if wrong := [key for key in keys if key in taken]:
         raise ValueError(
             f"rewards: the name {wrong[0]!r} has another meaning in metrics; give this reward "
@@ -153,6 +195,10 @@ RULES = (
     enough_rollouts_to_start,
     rewards_can_be_differentiated,
     advantages_have_something_to_compare,
+    likelihoods_need_noise,
+    anchored_embeddings_are_trained,
+    the_best_are_some_of_a_group,
+    measured_steps_are_exact,
     rewards_have_names_of_their_own,
 )
 

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from texforce_ray.config.actors import LearnerConfig, PlacementConfig, RayConfig, RolloutConfig
 from texforce_ray.config.fields import Section, as_list, fixed_values, free, marked, recorded, walk
 from texforce_ray.config.learning import (
+    CustomObjective,
     DirectObjective,
     Objective,
     OptimizerConfig,
@@ -111,6 +112,13 @@ class Config(Section):
     def trained_timesteps(self) -> int:
         """Timesteps of each sample that PPO trains on."""
         return max(1, round(self.diffusion.steps * self.ppo.timestep_fraction))
+
+    @property
+    def noise_levels(self) -> int | None:
+        """Levels of each sample, of objectives on the forward process."""
+        if isinstance(self.objective, CustomObjective):
+            return self.objective.kwargs.get("levels")
+        return getattr(self.objective, "levels", None)
 
     @property
     def exact_numerics(self) -> bool:

@@ -78,6 +78,14 @@ class Ddim(Process):
         alpha = per_sample(self.alpha, step, x0)
         return alpha**0.5 * x0 + (1 - alpha) ** 0.5 * noise
 
+    def target(self, step: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+        alpha = per_sample(self.alpha, step, x0)
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return x0
+        return alpha**0.5 * noise - (1 - alpha) ** 0.5 * x0
+
     def _predicted(self, step: Tensor, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """(x0, eps) that the network's output stands for."""
         alpha = per_sample(self.alpha, step, x)

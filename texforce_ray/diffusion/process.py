@@ -55,6 +55,25 @@ class Process(ABC):
     def forward(self, step: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
         """A clean latent noised to the step's level, as for the network's own training."""
 
+    def target(self, step: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+        """The output that means exactly `x0` where `forward` has added `noise`.
+
+        It follows from `x0(step, x, output)`, which is affine in the output.
+        """
+        x = self.forward(step, x0, noise)
+        rest = self.x0(step, x, torch.zeros_like(x))
+        slope = self.x0(step, torch.zeros_like(x), torch.ones_like(x))
+        return (x0 - rest) / slope
+
+    def slope(self) -> Tensor:
+        """|d mean / d output| of each step, [T]: what a change of the network's output does.
+
+        `mean(step, x, output)` is affine in the output.
+        """
+        step = torch.arange(len(self), device=self.timesteps.device)
+        x = torch.zeros(len(self), 1, 1, 1, device=step.device)
+        return (self.mean(step, x, x + 1) - self.mean(step, x, x)).abs().reshape(-1)
+
     def advance(self, step: Tensor, mean: Tensor, noise: Tensor) -> Tensor:
         """The next latent: mean + sigma noise."""
         return mean + per_sample(self.sigma, step, mean) * noise

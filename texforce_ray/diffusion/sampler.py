@@ -63,18 +63,21 @@ class Sampler:
         ids = backbone.tokenize(prompts).ids
         conditioning, rows = denoiser.encode(ids)
         prepared = denoiser.prepare(conditioning)
-        first, *noise = draw_noise(backbone, seeds, len(process))
+        noisy = bool(process.trainable)  # a deterministic solver draws its start alone
+        first, *noise = draw_noise(backbone, seeds, len(process) if noisy else 0)
         # Denoising itself is computed in float32, whatever the networks' dtype: a mean rounded to
         # half precision would make likelihoods meaningless.
         x = process.start(first).to(self.storage).float()
-        latents, log_probs = [x], []
+        latents, log_probs = [x], [x.new_empty(len(prompts), 0)]
         for index in range(len(process)):
             step = torch.full((len(prompts),), index, device=x.device)
             mean = denoiser.mean(step, x, prepared, rows)
             # Continue from the stored value, so that the learner sees what was sampled.
-            x = process.advance(step, mean, noise[index]).to(self.storage).float()
+            drawn = noise[index] if noisy else torch.zeros_like(mean)
+            x = process.advance(step, mean, drawn).to(self.storage).float()
             latents.append(x)
-            log_probs.append(process.log_prob(step, x, mean))
+            if noisy:
+                log_probs.append(process.log_prob(step, x, mean)[:, None])
         chosen, slots = _layout(keep, len(prompts), len(latents))
         rows_of = torch.arange(len(prompts), device=x.device)[:, None]
         kept = torch.stack(latents, 1)[rows_of, torch.from_numpy(chosen).to(x.device)]
@@ -83,7 +86,7 @@ class Sampler:
             latents=kept.to(self.storage).cpu().numpy(),
             slots=slots,
             timesteps=process.timesteps.cpu().numpy(),
-            log_probs=torch.stack(log_probs, 1).cpu().numpy(),
+            log_probs=torch.cat(log_probs, 1).cpu().numpy(),
             prompts=tuple(prompts),
             seeds=np.asarray(seeds, dtype=np.int64),
             policy_version=policy_version,

@@ -17,7 +17,8 @@ class Trajectory:
     first and x_0 last (M = T + 1: all).
     slots: int64 [B, T + 1]; each latent's index in `latents`, -1 if it was not kept.
     timesteps: int64 [T], descending.
-    log_probs: float32 [B, T]; under the policy that sampled; meaningless where sigma = 0.
+    log_probs: float32 [B, T]; under the policy that sampled; meaningless where sigma = 0. [B, 0] if
+    that holds for all steps.
     prompts: B texts.
     seeds: int64 [B]; all noise of sample b came from one CPU generator with this seed.
     policy_version: version of the adapter that sampled.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ def sample_flops(backbone: Backbone, steps: int, guidance_scale: float) -> int:
 
     Without the work per prompt: text encoder, cross-attention's keys and values.
     """
-    passes = steps * (2 if guidance_scale > 1 else 1)
+    passes = steps * guided(guidance_scale)
     x, timestep, given = _one(backbone)
     with torch.no_grad():
         prepared, rows = backbone.prepare(given), np.zeros(1, dtype=np.int64)
@@ -66,8 +66,27 @@ def sample_flops(backbone: Backbone, steps: int, guidance_scale: float) -> int:
         return passes * unet + count_flops(lambda: backbone.decode(x))
 
 
-def pair_flops(backbone: Backbone, guidance_scale: float) -> int:
-    """FLOPs of one (sample, timestep) pair of an update: the U-Net, forward and backward."""
+class PassFlops(NamedTuple):
+    """FLOPs of an update's passes for one image, without guidance.
+
+    forward, backward: of the denoiser. decoded: of the VAE's decoder, both ways; 0 if not counted.
+    """
+
+    forward: float
+    backward: float
+    decoded: float
+
+    @property
+    def trained(self) -> float:
+        """The denoiser, both ways."""
+        return self.forward + self.backward
+
+
+def pass_flops(backbone: Backbone, *, decoder: bool = False) -> PassFlops:
+    """FLOPs of one pass through the denoiser and, if asked for, the decoder.
+
+    The decoder's backward pass takes a lot of memory; only direct backpropagation makes it.
+    """
     x, timestep, given = _one(backbone)
     with torch.enable_grad():
         prepared = backbone.prepare(given)
@@ -76,7 +95,21 @@ def pair_flops(backbone: Backbone, guidance_scale: float) -> int:
         forward = count_flops(lambda: backbone.predict_prepared(x, timestep, leaf, rows))
         out = backbone.predict_prepared(x, timestep, leaf, rows)
         backward = count_flops(lambda: torch.autograd.grad(out.float().sum(), leaf.keys_values))
-    return (forward + backward) * (2 if guidance_scale > 1 else 1)
+        decoded = 0
+        if decoder:
+            x.requires_grad_()
+            decoded = count_flops(lambda: backbone.decode_pixels(x).float().sum().backward())
+    return PassFlops(forward, backward, decoded)
+
+
+def pair_flops(backbone: Backbone, guidance_scale: float) -> int:
+    """FLOPs of one (sample, timestep) pair of an update: the U-Net, forward and backward."""
+    return int(pass_flops(backbone).trained * guided(guidance_scale))
+
+
+def guided(guidance_scale: float) -> int:
+    """Passes through the denoiser at each step."""
+    return 2 if guidance_scale > 1 else 1
 
 
 def _one(backbone: Backbone) -> tuple[torch.Tensor, torch.Tensor, Any]:

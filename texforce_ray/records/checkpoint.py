@@ -47,7 +47,7 @@ class Checkpoint:
     """The state after `state.version` finished iterations.
 
     snapshots: the newest max_staleness + 1 policy versions, oldest first; the last one is the
-    current policy. average: the averaged adapter, with EMA.
+    current policy. average: see `Learned`.
     prompt_statistics: remembered rewards of each prompt. reward_weights: the weights behind these
     totals, by reward.
     """
@@ -117,6 +117,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             updates=meta["updates"],
             optimizer=_inner(learner, "optimizer/"),
             skipped=meta["skipped"],
+            own=_inner(learner, "objective/"),
         )
         snapshots = [
             _read_snapshot(path / f"snapshot-{i}.safetensors", facts)
@@ -245,6 +246,7 @@ def step_of(path: Path) -> int:
 def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
     state = checkpoint.state
     learner = {f"optimizer/{key}": value for key, value in state.optimizer.items()}
+    learner |= {f"objective/{key}": value for key, value in state.own.items()}
     average = checkpoint.average
     snapshots = [*checkpoint.snapshots, *([] if average is None else [average])]
     meta = {

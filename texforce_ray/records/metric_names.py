@@ -49,7 +49,10 @@ METRICS = (
     Metric("advantage/abs_max", "largest absolute advantage; at most advantage.clip"),
     Metric("ppo/loss", "PPO's loss, mean over trained pairs of sample and timestep"),
     Metric("ppo/approx_kl", "estimated KL between the policy before and after, mean over pairs"),
-    Metric("ppo/clipfrac", "share of pairs whose ratio was clipped"),
+    Metric(
+        "ppo/clipfrac",
+        "share of pairs whose ratio was clipped, or that objective.trust `kl_mask` left out",
+    ),
     Metric("ppo/ratio", "mean probability ratio"),
     Metric("ppo/kl_base", "KL to the base policy, with objective.kl_weight"),
     Metric("ppo/trained_pairs", "pairs of sample and timestep that were trained on"),
@@ -60,6 +63,33 @@ METRICS = (
     Metric("ppo/updates_left_out", "updates left out because of objective.target_kl"),
     Metric("direct/reward", "mean differentiable reward, with objective.kind `direct`"),
     Metric("direct/reward_std", "its standard deviation"),
+    Metric("direct/trained_images", "images that were trained on, counted in every epoch"),
+    Metric("direct/trained_pairs", "those images times their steps with gradient"),
+    Metric(
+        "forward/error",
+        "mean square of output - target, mean over trained pairs of sample and level; with "
+        "objective.kind `nft`, `awm`, `rwr` or `raft`",
+    ),
+    Metric("forward/loss", "the objective's loss without anchors, mean over these pairs"),
+    Metric(
+        "forward/anchor",
+        "mean squared difference from the base policy's output, with objective.anchor_weight",
+    ),
+    Metric(
+        "forward/embedding_anchor",
+        "likewise of the prompts' embeddings, with objective.embedding_anchor_weight",
+    ),
+    Metric("forward/ratio", "with `awm`, mean of exp(error before the update - error)"),
+    Metric("forward/clipfrac", "with `awm`, share of pairs whose ratio is beyond clip_range"),
+    Metric(
+        "forward/trained_pairs",
+        "pairs of sample and level that were trained on",
+    ),
+    Metric(
+        "forward/old_decay",
+        "with `nft`, d of old = d old + (1 - d) trained after the iteration; 0: the trained policy "
+        "samples",
+    ),
     Metric("learner/grad_norm", "mean norm of the gradient before it is clipped"),
     Metric("learner/skipped", "updates left out because their gradient was not finite"),
     Metric(
@@ -79,6 +109,17 @@ METRICS = (
         "like `eval/drift`, but of colours, edges and textures, wherever they are",
     ),
     Metric("eval/drift", "difference from the base model's images of the same prompts and seeds"),
+    Metric(
+        "eval/high_frequency",
+        "share of the luminance's power above half the Nyquist frequency, mean over images",
+    ),
+    Metric(
+        "eval/grid",
+        "contrast of periodic patterns of at most 16 pixels (checkerboards, grids): root mean "
+        "square of the luminance, 0 to 1, mean over images",
+    ),
+    Metric("eval/base_high_frequency", "the same of the base model, same prompts and seeds"),
+    Metric("eval/base_grid", "likewise"),
     Metric("prompts/truncated", "prompts that are longer than the text encoder's limit"),
     Metric("actors/restarts", "actor failures after which work was retried, so far"),
     Metric("share/learner_wait", "share of the time that the learner spent waiting"),

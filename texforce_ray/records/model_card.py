@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from texforce_ray.artifacts.snapshot import TEXT_ENCODERS, LoraShape
-from texforce_ray.config import Config
+from texforce_ray.config import Config, CustomObjective, DirectObjective, PpoObjective
 from texforce_ray.files import from_json
 
 _TAGS = ("text-to-image", "lora", "texforce", "reinforcement-learning")
@@ -73,7 +73,21 @@ _METHODS = {"refl": "ReFL", "draft": "DRaFT", "alignprop": "AlignProp"}
 def _method(config: Config) -> str:
     if config.direct is not None:
         return _METHODS[config.direct.method]
-    return str(getattr(config.objective, "target", "PPO")).rpartition(":")[2]
+    own = getattr(config.objective, "target", "")
+    return own.rpartition(":")[2] or config.objective.kind.upper()
+
+
+def _objective(config: Config) -> dict[str, object]:
+    """The objective's own settings, by the words of their keys."""
+    if isinstance(config.objective, CustomObjective | DirectObjective):
+        return {}
+    values = config.objective.model_dump(exclude={"kind"})
+    if isinstance(config.objective, PpoObjective):  # those that differ from plain PPO's
+        plain = PpoObjective().model_dump(exclude={"clip_range"})
+        values = {key: value for key, value in values.items() if plain.get(key) != value}
+        values.pop("clip_range" if config.objective.trust == "kl_mask" else "trust_kl", None)
+    named = {key.replace("_", " "): value for key, value in values.items() if value is not None}
+    return named | {"advantage": config.advantage.mode}
 
 
 def card_info(
@@ -100,8 +114,7 @@ def card_info(
             settings[f"learning rate of the {name}"] = adapter.lr
     if lora.init is not None:
         settings["started from the adapter"] = lora.init
-    if config.objective.kind == "ppo":
-        settings |= {"clip range": config.ppo.clip_range, "advantage": config.advantage.mode}
+    settings |= _objective(config)
     return ModelCardInfo(
         base=BaseModel(
             m.path, m.revision, m.variant, m.unet, m.unet_adapters, m.single_file_config

@@ -21,6 +21,7 @@ from texforce_ray.diffusion.denoiser import draw_noise
 from texforce_ray.diffusion.process import Process
 from texforce_ray.diffusion.trajectory import Trajectory
 from texforce_ray.model.backbone import Backbone
+from texforce_ray.model.flops import PassFlops, guided
 from texforce_ray.rewards.differentiable import total_of
 from texforce_ray.rl.learner import Learner
 from texforce_ray.rl.precision import loss_scale
@@ -42,7 +43,7 @@ class DirectLearner(Learner):
         self.direct: DirectObjective = config.direct
         self.reward = reward or total_of(config.rewards, backbone.device.type)
 
-    sums = ("count", "score", "squares")
+    sums = ("count", "score", "squares", "passes")
 
     @staticmethod
     def kept_latents(
@@ -59,7 +60,17 @@ class DirectLearner(Learner):
         count = max(1.0, sums["count"])
         mean = sums["score"] / count
         deviation = max(0.0, sums["squares"] / count - mean**2) ** 0.5
-        return {"direct/reward": mean, "direct/reward_std": deviation}
+        return {
+            "direct/reward": mean,
+            "direct/reward_std": deviation,
+            "direct/trained_images": int(sums["count"]),
+            "direct/trained_pairs": int(sums["passes"]),
+        }
+
+    def update_flops(self, metrics: Mapping[str, float], cost: PassFlops) -> float:
+        """Without the reward's."""
+        passes = metrics["direct/trained_pairs"] * guided(self.denoiser.guidance_scale)
+        return passes * cost.trained + metrics["direct/trained_images"] * cost.decoded
 
     def shard_gradient(
         self, batch: UpdateBatch, kept: np.ndarray, valid: int
@@ -67,7 +78,7 @@ class DirectLearner(Learner):
         """Gradient of the negative reward; also the scores' count, sum and sum of squares."""
         scale = loss_scale(valid, self.backbone.latent_shape) * self.scale_factor
         first = first_step(self.direct, len(self.process), self.config.seed, self.updates)
-        gradient, row = [torch.zeros_like(p) for p in self.parameters], np.zeros(3)
+        gradient, row = [torch.zeros_like(p) for p in self.parameters], np.zeros(4)
         # Activations of all steps with gradient are held at once, so a microbatch counts pairs.
         passes = 1 if self.direct.method == "refl" else len(self.process) - first
         images_at_once = max(1, self.microbatch_size // passes)
@@ -82,7 +93,8 @@ class DirectLearner(Learner):
                     allow_unused=True,
                 )
             scores = score.detach().double()
-            row += len(scores), float(scores.sum()), float(scores.square().sum())
+            sums = float(scores.sum()), float(scores.square().sum())
+            row += len(scores), *sums, passes * len(scores)
             pairs = zip(gradient, added, strict=True)
             gradient = [g if part is None else g + part / scale for g, part in pairs]
         return gradient, dict(zip(self.sums, row.tolist(), strict=True))

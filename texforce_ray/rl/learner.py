@@ -1,6 +1,6 @@
 """What every policy update shares: adapter, optimizer, exact state. No Ray.
 
-`rl.ppo_learner` trains with PPO, `rl.direct_learner` through a differentiable reward.
+Each objective is a subclass: see `rl.objectives`.
 """
 
 from __future__ import annotations
@@ -12,27 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from texforce_ray.artifacts.snapshot import (
-    Learned,
-    LearnerState,
-    PolicySnapshot,
-)
+from texforce_ray.artifacts.snapshot import PolicySnapshot
 from texforce_ray.config import Config
 from texforce_ray.diffusion.denoiser import Denoiser
 from texforce_ray.diffusion.process import Process
 from texforce_ray.errors import ConfigError, NumericsError
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.backbone import Backbone
-from texforce_ray.model.lora_layers import rescaled
+from texforce_ray.model.flops import PassFlops
 from texforce_ray.rl.adapters import adapter_shapes, learning_rate_factor, peak_rate
+from texforce_ray.rl.exact_state import ExactState
 from texforce_ray.rl.group import SoloGroup
 from texforce_ray.rl.precision import compare
 from texforce_ray.rl.sharding import Sharding, UpdateBatch
 
-_PROBED = 2  # samples whose gradient is checked in half precision
+PROBED = 2  # samples whose gradient is checked in half precision
 
 
-class Learner(Sharding):
+class Learner(ExactState, Sharding):
     """Adapter and optimizer of a policy; subclasses are objectives and compute the gradient."""
 
     def __init__(self, backbone: Backbone, config: Config) -> None:
@@ -42,6 +39,8 @@ class Learner(Sharding):
         self.denoiser = Denoiser(backbone, backbone.process(d.steps, d.eta), d.guidance_scale)
         self.process = self.denoiser.process
         if self.needs_likelihood and not self.process.trainable:
+            if not d.eta:
+                raise ConfigError("diffusion.eta: 0 samples without noise: there is no likelihood")
             raise ConfigError(
                 f"diffusion.steps: {config.diffusion.steps} steps of this model's scheduler add no "
                 "noise at all, so none has a likelihood to train on; use more steps"
@@ -68,74 +67,6 @@ class Learner(Sharding):
         self.scale_factor = 1.0
         self.checked = False  # whether the gradient check is done or not wanted
 
-    # ---- state ---------------------------------------------------------------------------
-
-    def learned(self) -> Learned:
-        """A copy of everything that rollout actors, evaluations and the next update depend on."""
-        snapshot = self.adapter.snapshot(self.version)
-        average = None
-        if self.ema:
-            with self._weights(self.ema):
-                average = self.adapter.snapshot(self.version)
-        # `get`: reading state[p] would add p, and then this would look like a resumed run.
-        moments = {
-            f"{i}/{key}": value.detach().cpu().numpy().copy()
-            for i, p in enumerate(self.parameters)
-            for key, value in self.optimizer.state.get(p, {}).items()
-        }
-        state = LearnerState(self.version, self.updates, moments, self.skipped)
-        return Learned(snapshot, state, average)
-
-    def load(self, learned: Learned) -> None:
-        """Continue from what this or another learner published, exactly."""
-        state = learned.state
-        self.version, self.updates, self.skipped = state.version, state.updates, state.skipped
-        if learned.average is not None:
-            self.adapter.load_weights(learned.average.adapters)
-            self._average_from_adapter()
-        self.adapter.load_weights(learned.snapshot.adapters)
-        self.optimizer.state.clear()
-        for key, value in state.optimizer.items():
-            index, _, name = key.partition("/")
-            parameter = self.parameters[int(index)]
-            # Adam keeps its step counter on the CPU, the moments on the parameter's device.
-            device = "cpu" if name == "step" else parameter.device
-            self.optimizer.state[parameter][name] = torch.from_numpy(np.array(value)).to(device)
-
-    def begin_from(self, snapshot: PolicySnapshot) -> None:
-        """Start from another run's adapter; B absorbs a difference in scale.
-
-        Raises:
-            ConfigError: its parts, layers or ranks differ from this policy's.
-        """
-        try:
-            self.adapter.load_weights(rescaled(snapshot, self.adapter.shapes).adapters)
-        except ConfigError as error:
-            raise ConfigError(
-                f"lora.init: {error}; set lora.text_encoder.rank and lora.denoiser.rank to "
-                "the adapter's, or compress the adapter with texforce_ray.fuse --rank"
-            ) from None
-        self._average_from_adapter()
-
-    def _average_from_adapter(self) -> None:
-        for average, parameter in zip(self.ema, self.parameters, strict=False):
-            average.copy_(parameter.detach())
-
-    @contextmanager
-    def _weights(self, weights: Sequence[Tensor]) -> Iterator[None]:
-        """Temporarily set the adapter's parameters to other values."""
-        own = [p.detach().clone() for p in self.parameters]
-        try:
-            self._set(weights)
-            yield
-        finally:
-            self._set(own)
-
-    @torch.no_grad()
-    def _set(self, weights: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, weights, strict=True):
-            parameter.copy_(value)
-
     # ---- what an objective defines --------------------------------------------------------
 
     # Whether a process without noise, which has no likelihood, is an error.
@@ -143,6 +74,11 @@ class Learner(Sharding):
 
     # Names of the sums that `shard_gradient` returns besides the gradient.
     sums: tuple[str, ...] = ("count",)
+
+    def update_flops(self, metrics: Mapping[str, float], cost: PassFlops) -> float:
+        """FLOPs of the networks in the update that reported `metrics`; 0 if unknown."""
+        del metrics, cost
+        return 0.0
 
     @staticmethod
     def kept_latents(
@@ -155,6 +91,10 @@ class Learner(Sharding):
         """
         del config, iteration, first
         return np.ones((count, len(process) + 1), dtype=bool)
+
+    def used(self, batch: UpdateBatch) -> np.ndarray:
+        """Which of the iteration's samples can have a gradient: bool [N], all unmasked ones."""
+        return batch.mask
 
     def shard_gradient(
         self, batch: UpdateBatch, kept: np.ndarray, valid: int
@@ -194,13 +134,13 @@ class Learner(Sharding):
                 sampler's.
         """
         del behaviour
-        minibatches = self._minibatches(batch, 0)
+        minibatches, used = self._minibatches(batch, 0), self.used(batch)
         first = next((rows for rows in minibatches if batch.mask[rows].any()), minibatches[0])
         checked = self.check_gradient(batch, lambda: self._probed_gradient(batch, first))
         totals, norms = np.zeros(len(self.sums)), []
         for epoch in range(self.config.update.epochs):
             for rows in self._minibatches(batch, epoch):
-                if not batch.mask[rows].any():
+                if not used[rows].any():
                     self._pass_over()
                     continue
                 gradient, sums = self._minibatch(batch, rows)
@@ -212,11 +152,11 @@ class Learner(Sharding):
 
     def _minibatch(self, batch: UpdateBatch, rows: np.ndarray) -> tuple[list[Tensor], np.ndarray]:
         """The gradient and the sums over the samples `rows`, across all learners' shards."""
-        valid = int(batch.mask[rows].sum())
+        valid, used = int(batch.mask[rows].sum()), self.used(batch)
         parts: list[list[Tensor] | None] = []
         sums: list[list[float]] = []
         for shard in self._shards(rows):
-            kept = shard[batch.mask[shard]]
+            kept = shard[used[shard]]
             part, named = None, dict.fromkeys(self.sums, 0.0)
             if len(kept):
                 part, named = self.shard_gradient(batch, kept, valid)
@@ -227,7 +167,7 @@ class Learner(Sharding):
     def _probed_gradient(self, batch: UpdateBatch, rows: np.ndarray) -> list[Tensor]:
         """The gradient of a few of this learner's samples: what `check_gradient` compares."""
         kept = np.concatenate(self._shards(rows))
-        kept = kept[batch.mask[kept]][:_PROBED]
+        kept = kept[batch.mask[kept]][:PROBED]
         if not len(kept):
             return [torch.zeros_like(p) for p in self.parameters]
         return self.shard_gradient(batch, kept, int(batch.mask[rows].sum()))[0]
@@ -311,7 +251,7 @@ class Learner(Sharding):
         return float(norm)
 
     def _pass_over(self) -> None:
-        """Count a fully masked minibatch: no optimizer step, no decay, no momentum."""
+        """Count a minibatch without a gradient: no optimizer step, no decay, no momentum."""
         self.updates += 1  # the schedule still advances
 
     def _skip(self, norm: float) -> None:
@@ -328,7 +268,7 @@ class Learner(Sharding):
             f"training failed at update {self.updates}, iteration {self.version}: {what}; "
             f"the last checkpoint is intact, and the samples are in "
             f"samples/iteration-{self.version:05d}.parquet; resume with a smaller optimizer.lr, "
-            "with PPO a larger objective.kl_weight, or use model.dtype=float32"
+            "a larger objective.kl_weight or anchor_weight, or use model.dtype=float32"
         )
 
     def _norm_metrics(self, norms: Sequence[float]) -> dict[str, float]:

@@ -65,21 +65,29 @@ class Likelihood:
         `where` (int64 [P]) is each pair's index into the prepared prompts.
         """
         step = torch.from_numpy(pairs.step).to(self.denoiser.device)
-        x = self._latents(trajectory, pairs.sample, pairs.step).float()
+        x = self.latents(trajectory, pairs.sample, pairs.step).float()
         return self.denoiser.mean(step, x, prepared, where), step
 
     def density(self, trajectory: Trajectory, pairs: Pairs, step: Tensor, mean: Tensor) -> Tensor:
         """Log-probabilities of the sampled latents, given the means: float32 [P]."""
-        following = self._latents(trajectory, pairs.sample, pairs.step + 1)
+        following = self.latents(trajectory, pairs.sample, pairs.step + 1)
         return self.denoiser.process.log_prob(step, following.float(), mean)
 
     @torch.no_grad()
     def log_probs(
-        self, trajectory: Trajectory, pairs: Pairs, microbatch_size: int | None = None
+        self,
+        trajectory: Trajectory,
+        pairs: Pairs,
+        microbatch_size: int | None = None,
+        means: dict[tuple[int, int], Tensor] | None = None,
     ) -> Tensor:
         """Log-probabilities under the current weights, float32 [P], without gradient.
 
-        `microbatch_size`: pairs in one pass; default: the learner's own.
+        Args:
+            trajectory: what was sampled.
+            pairs: which samples and steps.
+            microbatch_size: pairs in one pass; default: the learner's own.
+            means: gets each pair's mean too, by (row, step), on the CPU.
         """
         if not len(pairs):
             return torch.zeros(0, device=self.denoiser.device)
@@ -91,7 +99,11 @@ class Likelihood:
             part = pairs[chunk]
             mean, step = self.mean(trajectory, part, prepared, prompt[local[chunk]])
             parts.append(self.density(trajectory, part, step, mean))
+            if means is not None:
+                places = zip(part.sample.tolist(), part.step.tolist(), strict=True)
+                means |= dict(zip(places, mean.cpu(), strict=True))
         return torch.cat(parts)
 
-    def _latents(self, trajectory: Trajectory, sample: np.ndarray, step: np.ndarray) -> Tensor:
+    def latents(self, trajectory: Trajectory, sample: np.ndarray, step: np.ndarray) -> Tensor:
+        """The stored latents before each (sample, step), on the device."""
         return torch.from_numpy(trajectory.latents_at(sample, step)).to(self.denoiser.device)

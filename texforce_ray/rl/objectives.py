@@ -12,6 +12,10 @@ from texforce_ray.rl.learner import Learner
 OBJECTIVES = {
     "ppo": "texforce_ray.rl.ppo_learner:PpoLearner",
     "direct": "texforce_ray.rl.direct_learner:DirectLearner",
+    "nft": "texforce_ray.rl.nft_learner:NftLearner",
+    "awm": "texforce_ray.rl.awm_learner:AwmLearner",
+    "rwr": "texforce_ray.rl.weighted_learner:WeightedLearner",
+    "raft": "texforce_ray.rl.weighted_learner:WeightedLearner",
 }
 
 

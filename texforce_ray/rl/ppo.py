@@ -39,10 +39,43 @@ def clipped_loss(
     loss = -torch.minimum(ratio * advantage, clipped * advantage)
     if weight is not None:
         loss = loss * weight
+    return _with_statistics(loss, log_ratio, (ratio - 1).abs() > clip_range)
+
+
+def masked_loss(
+    log_prob: Tensor,
+    anchor_log_prob: Tensor,
+    advantage: Tensor,
+    divergence: Tensor,
+    trust_kl: float,
+    weight: Tensor | None = None,
+) -> PpoLoss:
+    """-w r A without clipping; 0 for pairs that have left the trust region (Flow-DPPO).
+
+    A pair has left it if `divergence`, the KL to the anchor's step (`Process.kl`, float [B]), is at
+    least `trust_kl` and the ratio has already moved the advantage's way.
+    """
+    log_ratio = log_prob - anchor_log_prob
+    loss = -log_ratio.exp() * advantage
+    if weight is not None:
+        loss = loss * weight
+    left = (divergence >= trust_kl) & (log_ratio * advantage > 0)
+    return _with_statistics(torch.where(left, torch.zeros_like(loss), loss), log_ratio, left)
+
+
+def levelled_log_ratio(log_ratio: Tensor, divergence: Tensor, sigma: Tensor) -> Tensor:
+    """(log r + KL) sigma, whose spread does not depend on the step's noise (GRPO-Guard).
+
+    For a Gaussian step with x' = mean_old + sigma eps it is -eps (mean_old - mean), averaged over
+    dimensions: linear in the means. All float [B]; divergence: the KL to the old policy's step.
+    """
+    return (log_ratio + divergence) * sigma
+
+
+def _with_statistics(loss: Tensor, log_ratio: Tensor, outside: Tensor) -> PpoLoss:
     with torch.no_grad():
         approx_kl = torch.expm1(log_ratio) - log_ratio
-        outside = ((ratio - 1).abs() > clip_range).float()
-    return PpoLoss(loss, ratio.detach(), approx_kl, outside)
+    return PpoLoss(loss, log_ratio.detach().exp(), approx_kl, outside.float())
 
 
 def behaviour_weight(prox_log_prob: Tensor, behaviour_log_prob: Tensor, cap: float) -> Tensor:

@@ -1,15 +1,9 @@
-"""The policy update: trajectories and advantages in, a better adapter out. No Ray.
-
-The gradient of a minibatch takes one encoder pass. Each distinct prompt's cross-attention keys and
-values are detached from the encoder, their gradient is accumulated over all samples and timesteps
-through the U-Net, and one backward pass carries it into the adapter: the same gradient as plain
-autograd's, with T - 1 fewer encoder passes.
-"""
+"""PPO's policy update: trajectories and advantages in, a better adapter out. No Ray."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,12 +18,15 @@ from texforce_ray.diffusion.trajectory import Trajectory
 from texforce_ray.errors import NumericsError
 from texforce_ray.model.backbone import Backbone
 from texforce_ray.model.conditioning import Prepared
+from texforce_ray.model.flops import PassFlops, guided
 from texforce_ray.rl import ppo
 from texforce_ray.rl.learner import Learner
 from texforce_ray.rl.likelihood import Likelihood, Pairs
+from texforce_ray.rl.ppo_anchor import Anchor, Means, level_weights, surrogate
 from texforce_ray.rl.ppo_totals import Totals, mean_metrics
-from texforce_ray.rl.precision import loss_scale, to_encoder
+from texforce_ray.rl.precision import loss_scale
 from texforce_ray.rl.sharding import UpdateBatch
+from texforce_ray.rl.through_encoder import gradient_of
 
 _PROBED = 4  # samples, and steps of each, whose gradient is checked in half precision
 
@@ -44,6 +41,7 @@ class PpoLearner(Learner):
         if config.learner.gradient_checkpointing:
             backbone.denoiser.enable_gradient_checkpointing()
         self.likelihood = Likelihood(self.denoiser, config.learner.microbatch_size)
+        self.level = level_weights(config.ppo, self.process, candidate_steps(config, self.process))
 
     @staticmethod
     def kept_latents(
@@ -59,8 +57,8 @@ class PpoLearner(Learner):
     def update(self, batch: UpdateBatch, behaviour: PolicySnapshot | None = None) -> dict:
         config = self.config
         steps = trained_steps(config, self.process, self.version, len(batch))
-        anchor = torch.from_numpy(np.array(batch.trajectory.log_probs))
-        weight = torch.ones_like(anchor)
+        stored = torch.from_numpy(np.array(batch.trajectory.log_probs))
+        anchor = Anchor.of(stored)
         minibatches = [
             rows
             for epoch in range(config.update.epochs)
@@ -72,8 +70,7 @@ class PpoLearner(Learner):
         if behaviour is not None:
             error = self._ratio_error(batch, first, steps, behaviour)
         if config.uses_decoupled:
-            stored = anchor
-            anchor, weight, proximal_error = self._proximal(batch, steps, stored)
+            anchor, proximal_error = self._proximal(batch, steps, stored)
             if error is None:
                 error = self._largest(proximal_error)
         if error is not None:
@@ -87,7 +84,7 @@ class PpoLearner(Learner):
                 self._pass_over()
                 skipped += 1
                 continue
-            gradient = self._minibatch_gradient(batch, rows, steps, anchor, weight, totals)
+            gradient = self._minibatch_gradient(batch, rows, steps, anchor, totals)
             if error is None:
                 # No update has been applied since these samples were drawn, so these first
                 # ratios must be 1.
@@ -106,6 +103,13 @@ class PpoLearner(Learner):
             **checked,
             **self._rates(),
         }
+
+    def update_flops(self, metrics: Mapping[str, float], cost: PassFlops) -> float:
+        passes = metrics["ppo/trained_pairs"] * guided(self.denoiser.guidance_scale)
+        # Without gradient: the base policy's mean and, once an iteration, the proximal policy's.
+        extra = float(bool(self.config.ppo.kl_weight))
+        extra += self.config.uses_decoupled / self.config.update.epochs
+        return passes * (cost.trained + extra * cost.forward)
 
     def _check_agreement(self, error: float) -> None:
         allowed = self.config.ratio_error_bound
@@ -146,23 +150,24 @@ class PpoLearner(Learner):
 
     def _proximal(
         self, batch: UpdateBatch, steps: np.ndarray, stored: Tensor
-    ) -> tuple[Tensor, Tensor, float]:
-        """Log-probabilities of the current policy, decoupled PPO's weights, largest |r - 1|.
+    ) -> tuple[Anchor, float]:
+        """The current policy, with decoupled PPO's weights, and the largest |r - 1|.
 
-        The first two are [n, T] and meaningful only at trained pairs: a step with sigma = 0 has no
-        likelihood, and masked samples are not used.
+        It is meaningful only at trained pairs: a step with sigma = 0 has no likelihood, and masked
+        samples are not used.
         """
-        anchor, error = stored.clone(), 0.0
+        log_probs, error = stored.clone(), 0.0
+        means: Means | None = {} if self.config.ppo.needs_means else None
         for shard in self._shards(np.arange(len(batch))):
             pairs = Pairs.of(shard[batch.mask[shard]], steps, batch.first)
-            current = self.likelihood.log_probs(batch.trajectory, pairs).cpu()
+            current = self.likelihood.log_probs(batch.trajectory, pairs, means=means).cpu()
             # Not max(), which may return either of a number and NaN.
             error = float(
                 np.maximum(error, ppo.ratio_error(current, _stored(batch.trajectory, pairs)))
             )
-            anchor[pairs.sample, pairs.step] = current
-        weight = ppo.behaviour_weight(anchor, stored, self.config.ppo.behaviour_cap)
-        return anchor, weight, error
+            log_probs[pairs.sample, pairs.step] = current
+        weight = ppo.behaviour_weight(log_probs, stored, self.config.ppo.behaviour_cap)
+        return Anchor(log_probs, weight, means or {}), error
 
     def _probe(self, batch: UpdateBatch, rows: np.ndarray, steps: np.ndarray) -> list[Tensor]:
         """The gradient of a few of this learner's pairs: what `check_gradient` compares.
@@ -176,19 +181,18 @@ class PpoLearner(Learner):
             return [torch.zeros_like(p) for p in self.parameters]
         spread = np.linspace(0, steps.shape[1] - 1, min(_PROBED, steps.shape[1])).round()
         pairs = Pairs.of(kept, steps[:, spread.astype(np.int64)], batch.first)
-        anchor = torch.from_numpy(np.array(batch.trajectory.log_probs))
+        log_probs = torch.from_numpy(np.array(batch.trajectory.log_probs))
         current = self.likelihood.log_probs(batch.trajectory, pairs, self.microbatch_size)
-        anchor[pairs.sample, pairs.step] = current.cpu()
+        log_probs[pairs.sample, pairs.step] = current.cpu()
         # The valid pairs of the whole minibatch: they determine how small its gradient is.
         valid = int(batch.mask[rows].sum()) * steps.shape[1]
         return self._shard_gradient(
             replace(batch, advantages=np.ones(len(batch))),
             pairs,
-            anchor,
-            torch.ones_like(anchor),
+            Anchor.of(log_probs),
             valid,
             Totals(self.backbone.device),
-            clip_range=math.inf,
+            plain=True,
         )
 
     def _minibatch_gradient(
@@ -196,8 +200,7 @@ class PpoLearner(Learner):
         batch: UpdateBatch,
         rows: np.ndarray,
         steps: np.ndarray,
-        anchor: Tensor,
-        weight: Tensor,
+        anchor: Anchor,
         totals: Sequence[Totals],
     ) -> list[Tensor]:
         """The gradient of the loss over the samples `rows`, across all learners' shards."""
@@ -208,7 +211,7 @@ class PpoLearner(Learner):
             pairs = Pairs.of(kept, steps, batch.first)
             part = None
             if len(kept):
-                part = self._shard_gradient(batch, pairs, anchor, weight, valid, total)
+                part = self._shard_gradient(batch, pairs, anchor, valid, total)
             parts.append(part)
         return self._gradient(parts)
 
@@ -216,66 +219,68 @@ class PpoLearner(Learner):
         self,
         batch: UpdateBatch,
         pairs: Pairs,
-        anchor: Tensor,
-        weight: Tensor,
+        anchor: Anchor,
         valid: int,
         totals: Totals,
-        clip_range: float | None = None,
+        plain: bool = False,
     ) -> list[Tensor]:
-        """Gradient of the shard's summed loss, divided by the minibatch's count of valid pairs."""
-        trajectory, device = batch.trajectory, self.backbone.device
-        scale = loss_scale(valid, self.backbone.latent_shape) * self.scale_factor
-        clip_range = self.config.ppo.clip_range if clip_range is None else clip_range
-        rows, local = np.unique(pairs.sample, return_inverse=True)
-        with torch.enable_grad():
-            conditioning, prompt = self.likelihood.encode(trajectory, rows)
-            prepared = self.backbone.prepare(conditioning)
-            # In float32, so that the gradients of all pairs add up in float32.
-            leaf = prepared.map(lambda t: t.detach().float().requires_grad_(t.requires_grad))
-            reference = self._reference(trajectory, rows)
-            for parameter in self.parameters:
-                parameter.grad = None
-            for chunk in pairs.chunks(self.microbatch_size):
-                part, where = pairs[chunk], prompt[local[chunk]]
-                mean, step = self.likelihood.mean(trajectory, part, leaf, where)
-                log_prob = self.likelihood.density(trajectory, part, step, mean)
-                index = (torch.from_numpy(part.sample), torch.from_numpy(part.step))
-                result = ppo.clipped_loss(
-                    log_prob,
-                    anchor[index].to(device),
-                    torch.from_numpy(batch.advantages[part.sample + batch.first])
-                    .float()
-                    .to(device),
-                    clip_range,
-                    weight[index].to(device) if self.config.uses_decoupled else None,
-                )
-                loss, kl = result.loss.sum(), None
-                if reference is not None:
-                    with torch.no_grad(), self.adapter.disabled():
-                        base, _ = self.likelihood.mean(trajectory, part, reference, where)
-                    kl = self.process.kl(step, mean, base)
-                    loss = loss + self.config.ppo.kl_weight * kl.sum()
-                (loss / valid * scale).backward()
-                totals.add(result, kl)
-            through = [
-                (out, cut.grad)
-                for out, cut in zip(prepared.tensors(), leaf.tensors(), strict=True)
-                if cut.grad is not None
-            ]
-            direct = [p.grad for p in self.parameters]
-            indirect: Sequence[Tensor | None] = [None] * len(direct)
-            shift = 0
-            if through:
-                outputs, sums = zip(*through, strict=True)
-                scaled, shift = to_encoder(sums, outputs)
-                # SDXL does not read an encoder's last layer, which then has no gradient.
-                indirect = torch.autograd.grad(outputs, self.parameters, scaled, allow_unused=True)
-            back = 2.0**-shift
-            indirect = [None if gradient is None else gradient * back for gradient in indirect]
-            return [
-                _sum(p, parts) / scale
-                for p, *parts in zip(self.parameters, direct, indirect, strict=True)
-            ]
+        """Gradient of the shard's summed loss, divided by the minibatch's count of valid pairs.
+
+        `plain`: neither clipped nor levelled.
+        """
+        trajectory = batch.trajectory
+        reference = self._reference(trajectory, np.unique(pairs.sample))
+
+        def loss(part: Pairs, prepared: Prepared, where: np.ndarray) -> Tensor:
+            mean, step = self.likelihood.mean(trajectory, part, prepared, where)
+            log_prob = self.likelihood.density(trajectory, part, step, mean)
+            anchored = anchor.log_probs[part.sample, part.step].to(self.backbone.device)
+            result = self._surrogate(batch, part, step, mean, log_prob, anchored, anchor, plain)
+            total, kl = result.loss.sum(), None
+            if reference is not None:
+                with torch.no_grad(), self.adapter.disabled():
+                    base, _ = self.likelihood.mean(trajectory, part, reference, where)
+                kl = self.process.kl(step, mean, base)
+                total = total + self.config.ppo.kl_weight * kl.sum()
+            totals.add(result, kl, torch.expm1(log_prob.detach() - anchored))
+            return total / valid
+
+        return gradient_of(
+            self.likelihood,
+            self.parameters,
+            trajectory,
+            pairs,
+            loss,
+            microbatch_size=self.microbatch_size,
+            scale=loss_scale(valid, self.backbone.latent_shape) * self.scale_factor,
+        )
+
+    def _surrogate(
+        self,
+        batch: UpdateBatch,
+        part: Pairs,
+        step: Tensor,
+        mean: Tensor,
+        log_prob: Tensor,
+        anchored: Tensor,
+        anchor: Anchor,
+        plain: bool,
+    ) -> ppo.PpoLoss:
+        objective, device = self.config.ppo, self.backbone.device
+        advantage = torch.from_numpy(batch.advantages[part.sample + batch.first]).float().to(device)
+        if plain:
+            return ppo.clipped_loss(log_prob, anchored, advantage, math.inf)
+        weight = (
+            anchor.weight[part.sample, part.step].to(device) if self.config.uses_decoupled else None
+        )
+        if self.level is not None:
+            weight = self.level[step] * (1.0 if weight is None else weight)
+        divergence = None
+        if objective.needs_means:
+            old = anchor.mean(self.likelihood, batch.trajectory, part)
+            divergence = self.process.kl(step, mean, old)
+        sigma = self.process.sigma[step]
+        return surrogate(objective, log_prob, anchored, advantage, sigma, weight, divergence)
 
     @torch.no_grad()
     def _reference(self, trajectory: Trajectory, rows: np.ndarray) -> Prepared | None:
@@ -288,16 +293,16 @@ class PpoLearner(Learner):
 
 def trained_steps(config: Config, process: Process, iteration: int, count: int) -> np.ndarray:
     """The steps that PPO trains on, for each of the iteration's N samples: int64 [N, K]."""
-    steps = process.trainable
-    if config.ppo.timestep_choice == "first":
-        steps = steps[: config.trained_timesteps]
+    steps = candidate_steps(config, process).tolist()
     return randomness.trained_steps(config.seed, iteration, count, steps, config.trained_timesteps)
 
 
-def _sum(parameter: Tensor, parts: Sequence[Tensor | None]) -> Tensor:
-    """The sum of a parameter's partial gradients, 0 if it has none."""
-    present = [part for part in parts if part is not None]
-    return torch.stack(present).sum(0) if present else torch.zeros_like(parameter)
+def candidate_steps(config: Config, process: Process) -> np.ndarray:
+    """The steps that PPO may train on: int64."""
+    steps = process.trainable
+    if config.ppo.timestep_choice == "first":
+        steps = steps[: config.trained_timesteps]
+    return np.asarray(steps, dtype=np.int64)
 
 
 def _stored(trajectory: Trajectory, pairs: Pairs) -> Tensor:

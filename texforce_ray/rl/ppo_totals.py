@@ -25,9 +25,10 @@ class Totals:
         self._taken = 0  # the count at that time
 
     @torch.no_grad()
-    def add(self, result: PpoLoss, kl_base: Tensor | None) -> None:
+    def add(self, result: PpoLoss, kl_base: Tensor | None, ratio_error: Tensor) -> None:
+        """`ratio_error`: r - 1 of each pair, before any levelling."""
         self.count += len(result.ratio)
-        self._error = torch.maximum(self._error, (result.ratio - 1).abs().max())
+        self._error = torch.maximum(self._error, ratio_error.abs().max())
         # NaN if not computed, and then left out of the metrics.
         kl = torch.full_like(result.ratio, float("nan")) if kl_base is None else kl_base
         columns = (result.loss, result.approx_kl, result.clipped, result.ratio, kl)

@@ -73,7 +73,10 @@ def update(
             _work(config, lambda c: DirectLearner(backbone, c, total), 0, passes),
             samples * passes,
         )
-    pairs = config.trained_timesteps if config.objective.kind == "ppo" else 1
+    if config.objective.kind == "ppo":
+        pairs = config.trained_timesteps
+    else:
+        pairs = min(config.noise_levels or 1, config.diffusion.steps)
     return _work(config, lambda c: learner_class(c)(backbone, c), samples), samples * pairs
 
 
@@ -119,6 +122,8 @@ def _one_minibatch(config: Config, size: int, steps: int) -> Config:
             "objective.target_kl": None,
             "objective.max_ratio_error": math.inf,
         }
+    elif config.objective.kind == "raft":  # then all samples count, as they may in a minibatch
+        values["objective.anchor_weight"] = max(config.objective.anchor_weight, 1e-9)
     elif config.direct is not None and config.direct.method == "alignprop":
         values["objective.method"] = "draft"  # alignprop draws fewer at times: measure the most
     return config.changed(values)
