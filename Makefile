@@ -6,7 +6,7 @@ PY := .venv/bin/python
 SEEDS ?= 0
 RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help setup demo quick fix test test-slow test-rewards test-environments lint types check paper-shapes paper-page gpu bench chaos audit docs docs-serve clean
+.PHONY: help setup demo quick fix test test-slow test-rewards test-environments lint types check paper-shapes paper-page gpu bench bench-objectives chaos audit docs docs-serve clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -62,6 +62,9 @@ paper-shapes: setup  ## the paper's experiments on the embedded pipeline: over a
 
 paper-page: setup  ## rewrite that page from the kept results
 	@$(PY) -m texforce_ray.experiments shapes --page-only
+
+bench-objectives: setup  ## all objectives compared: a day on two cores, resumes; docs/results/objectives.md
+	@$(PY) benchmarks/objectives.py
 
 gpu: setup  ## on one GPU, without Ray or downloads: tests, gradients, images, speed (SIZE=tiny: on a CPU)
 	@PYTHON=$(PY) bash benchmarks/gpu.sh

@@ -42,6 +42,8 @@ from texforce_ray.rl.sharding import UpdateBatch
 SETTINGS = (
     "diffusion.guidance_scale=5",
     "objective.timestep_choice=random",
+    "objective.trust=clip",
+    "objective.clip_range=1e-3",
     "objective.kl_weight=0",  # the released trainer has no KL, and neither has its schedule here
     "prompts.per_iteration=4",
     "prompts.samples_per_prompt=16",
@@ -143,13 +145,11 @@ class Plain:
     def _our_gradient(
         self, batch: UpdateBatch, rows: np.ndarray, steps: np.ndarray
     ) -> list[Tensor]:
+        from texforce_ray.rl.ppo_anchor import Anchor
         from texforce_ray.rl.ppo_totals import Totals
 
-        anchor = torch.from_numpy(batch.trajectory.log_probs)
-        totals = [Totals(self.backbone.device)]
-        return self.learner._minibatch_gradient(
-            batch, rows, steps, anchor, torch.ones_like(anchor), totals
-        )
+        anchor, totals = Anchor.of(batch.trajectory.log_probs), [Totals(self.backbone.device)]
+        return self.learner._minibatch_gradient(batch, rows, steps, anchor, totals)
 
     def _batch(self, parts: list) -> UpdateBatch:
         mask = np.ones(len(self.prompts), dtype=bool)
