@@ -57,14 +57,7 @@ class OneProcess:
         self._pass_flops = pass_flops(backbone, decoder=config.direct is not None)
         self.learner = make_learner(backbone, config)
         # The learner's backbone: its adapter between updates is what samples.
-        self.sampler = Sampler(
-            backbone,
-            steps=d.steps,
-            eta=d.eta,
-            guidance_scale=d.guidance_scale,
-            storage_dtype=d.storage_dtype,
-            decode_batch_size=config.rollout.decode_batch_size,
-        )
+        self.sampler = Sampler.of(backbone, config)
         self.prompts = load_prompts(config.prompts.train)
         self._scorers = {
             r.key: load_reward(resolve(r.name, r.target), arguments(r.name, r.kwargs))

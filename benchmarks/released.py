@@ -75,15 +75,8 @@ class Plain:
         self.backbone = backbone
         self.learner = PpoLearner(backbone, config)
         self.released = ReleasedSchedule(self.learner)
-        d, reward = config.diffusion, config.rewards[0]
-        self.sampler = Sampler(
-            backbone,
-            steps=d.steps,
-            eta=d.eta,
-            guidance_scale=d.guidance_scale,
-            storage_dtype=d.storage_dtype,
-            decode_batch_size=config.rollout.decode_batch_size,
-        )
+        reward = config.rewards[0]
+        self.sampler = Sampler.of(backbone, config)
         self.reward = load_reward(
             resolve(reward.name, reward.target), arguments(reward.name, reward.kwargs)
         )

@@ -58,14 +58,7 @@ class RolloutActor:
         self.config = config
         d = config.diffusion
         self.backbone = load_config_backbone(config, config.rollout.num_gpus)
-        self.sampler = Sampler(
-            self.backbone,
-            steps=d.steps,
-            eta=d.eta,
-            guidance_scale=d.guidance_scale,
-            storage_dtype=d.storage_dtype,
-            decode_batch_size=config.rollout.decode_batch_size,
-        )
+        self.sampler = Sampler.of(self.backbone, config)
         self._sample_flops = sample_flops(self.backbone, d.steps, d.guidance_scale)
         self._peak_flops = matmul_peak(self.backbone.device, self.backbone.dtype)
         self._adapter: Adapter | None = None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from texforce_ray.config import Config
 from texforce_ray.diffusion.denoiser import Denoiser, draw_noise
 from texforce_ray.diffusion.trajectory import Trajectory
 from texforce_ray.model.backbone import DTYPES, Backbone
@@ -31,6 +32,19 @@ class Sampler:
         self.denoiser = Denoiser(backbone, backbone.process(steps, eta), guidance_scale)
         self.storage = DTYPES[storage_dtype]
         self.decode_batch_size = decode_batch_size
+
+    @staticmethod
+    def of(backbone: Backbone, config: Config) -> Sampler:
+        """As a run samples what it trains on."""
+        d = config.diffusion
+        return Sampler(
+            backbone,
+            steps=d.steps,
+            eta=d.eta,
+            guidance_scale=d.guidance_scale,
+            storage_dtype=d.storage_dtype,
+            decode_batch_size=config.rollout.decode_batch_size,
+        )
 
     def drawing(self, guidance_scale: float, eta: float) -> Sampler:
         """The same with another guidance and eta, only for images: eta = 0 has no likelihood."""

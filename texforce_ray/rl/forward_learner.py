@@ -97,7 +97,7 @@ class ForwardLearner(Learner):
 
     def pair_loss(self, batch: UpdateBatch, kept: np.ndarray) -> PairLoss:
         """The loss of (sample, level) pairs of the samples `kept`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define pair_loss")
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         count = max(1.0, sums["count"])
