@@ -66,7 +66,7 @@ def masked_loss(
 def levelled_log_ratio(log_ratio: Tensor, divergence: Tensor, sigma: Tensor) -> Tensor:
     """(log r + KL) sigma, whose spread does not depend on the step's noise (GRPO-Guard).
 
-    For a Gaussian step with x' = mean_old + sigma eps it is -eps (mean_old - mean), averaged over
+    For a Gaussian step with x' = mean_old + sigma eps it is eps (mean - mean_old), averaged over
     dimensions: linear in the means. All float [B]; divergence: the KL to the old policy's step.
     """
     return (log_ratio + divergence) * sigma
