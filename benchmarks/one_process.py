@@ -71,6 +71,7 @@ class OneProcess:
         for iteration in range(self.config.iterations):
             began = time.perf_counter()
             units = plan_units(self.config, self.prompts, iteration)
+            sampler = self.sampler.at(self.config, iteration)
             parts = []
             for unit in units:
                 keep = self.learner.kept_latents(
@@ -80,7 +81,7 @@ class OneProcess:
                     unit.index * self.config.rollout.batch_size,
                     len(unit),
                 )
-                drawn = self.sampler.sample(unit.prompts, unit.seeds, iteration, keep)
+                drawn = sampler.sample(unit.prompts, unit.seeds, iteration, keep)
                 scores = self._score(drawn[1], unit.prompts, unit.metadata, trained=True)
                 parts.append((*drawn, scores))
             trajectories, _, scored = zip(*parts, strict=True)

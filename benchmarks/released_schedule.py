@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from texforce_ray.diffusion.denoiser import draw_noise, guide
+from texforce_ray.diffusion.denoiser import draw_noise
 from texforce_ray.diffusion.trajectory import Trajectory, concatenate
 from texforce_ray.model.backbone import DTYPES, Backbone
 from texforce_ray.model.conditioning import Conditioning
@@ -47,7 +47,7 @@ class ReleasedSchedule:
             Conditioning.cat([empty, conditioning]),
         )
         unconditional, conditional = output.float().chunk(2)
-        guided = guide(unconditional, conditional, self.scale)
+        guided = self.backbone.guide(unconditional, conditional, self.scale)
         return self.process.mean(step, x, guided)
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class ReleasedSchedule:
         if self.scale > 1:
             empty = backbone.encode(backbone.tokenize([""] * len(prompts)).ids)
             conditioning = Conditioning.cat([empty, conditioning])
-        start, *noise = draw_noise(backbone, seeds, len(process))
+        start, noise = draw_noise(backbone, seeds, process)
         x = process.start(start).to(self.storage).float()
         latents, log_probs = [x], []
         for index in range(len(process)):
@@ -79,7 +79,7 @@ class ReleasedSchedule:
                 output = backbone.predict(
                     torch.cat([x, x]), torch.cat([timesteps, timesteps]), conditioning
                 )
-                output = guide(*output.float().chunk(2), self.scale)
+                output = backbone.guide(*output.float().chunk(2), self.scale)
             else:
                 output = backbone.predict(x, timesteps, conditioning).float()
             mean = process.mean(step, x, output)

@@ -52,7 +52,7 @@ class FlowUnet(StableDiffusion):
     def _scheduler(self):
         return self.pipe.scheduler
 
-    def process(self, steps, eta):
+    def process(self, steps, eta, kernel):
         levels = torch.linspace(1, 0, steps + 1)
         return FlowCps(levels[:-1] * 1000, levels[:-1], levels[1:], eta).to(self.device)
 

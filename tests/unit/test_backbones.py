@@ -124,6 +124,6 @@ def test_two_iterations_then_export_and_reload(
 
 
 def test_a_pipeline_of_another_kind_is_named(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(ConfigError, match=r"FluxPipeline.*supported: StableDiffusionPipeline"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
+    with pytest.raises(ConfigError, match=r"KandinskyPipeline.*supported: StableDiffusionPipeline"):
         load_backbone(str(tmp_path))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from texforce_ray.diffusion.ddim import PREDICTION_TYPES, Ddim
-from texforce_ray.diffusion.denoiser import guide
+from texforce_ray.model.backbone import guide
 
 SHAPE = (3, 4, 8, 8)
 

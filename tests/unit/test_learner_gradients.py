@@ -111,7 +111,8 @@ def _loss(
     """As the papers write it, with the mean of the policy that sampled from its noise."""
     objective, process, trajectory = learner.config.ppo, learner.process, batch.trajectory
     advantage, sigma = batch.advantages[row], float(process.sigma[index])
-    noise = draw_noise(learner.backbone, trajectory.seeds[[row]], STEPS)[index + 1].double()
+    _, drawn = draw_noise(learner.backbone, trajectory.seeds[[row]], learner.process)
+    noise = drawn[index].double()
     old = torch.from_numpy(trajectory.latents[[row], index + 1]).double() - sigma * noise
     divergence = ((mean - old) ** 2 / (2 * sigma**2)).mean()
     log_ratio = log_prob - float(trajectory.log_probs[row, index])

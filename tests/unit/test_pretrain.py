@@ -31,7 +31,7 @@ def test_a_killed_pretraining_resumes_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretraining.pretrain(TINY, tmp_path / "whole", tmp_path / "whole.work")
-    updates, done = pretraining._update, 0
+    updates, done = pretraining.update, 0
 
     def dies_after(count: int) -> None:
         def update(*arguments: object) -> None:
@@ -41,14 +41,14 @@ def test_a_killed_pretraining_resumes_to_the_same_weights(
             done += 1
             updates(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(pretraining, "_update", update)
+        monkeypatch.setattr(pretraining, "update", update)
 
     # Kills in the VAE and with the U-Net; each loses at most one step.
     for count in (1, 2, 6, 7, 9):
         dies_after(count)
         with pytest.raises(KeyboardInterrupt):
             pretraining.pretrain(TINY, tmp_path / "killed", tmp_path / "killed.work")
-    monkeypatch.setattr(pretraining, "_update", updates)
+    monkeypatch.setattr(pretraining, "update", updates)
     pretraining.pretrain(TINY, tmp_path / "killed", tmp_path / "killed.work")
     whole, killed = _weights(tmp_path / "whole"), _weights(tmp_path / "killed")
     assert whole.keys() == killed.keys()
@@ -76,7 +76,7 @@ def test_transformers_of_any_version_finds_all_weights_and_words(
 
 
 def test_a_resumed_pretraining_must_keep_its_recipe(tmp_path: Path) -> None:
-    pretraining._check_recipe(TINY, tmp_path / "recipe.json")
-    pretraining._check_recipe(TINY, tmp_path / "recipe.json")
+    pretraining.check_recipe(TINY, tmp_path / "recipe.json")
+    pretraining.check_recipe(TINY, tmp_path / "recipe.json")
     with pytest.raises(ConfigError, match=r"other values of seed"):
-        pretraining._check_recipe(Recipe(seed=1), tmp_path / "recipe.json")
+        pretraining.check_recipe(Recipe(seed=1), tmp_path / "recipe.json")

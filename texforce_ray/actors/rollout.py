@@ -22,11 +22,12 @@ from texforce_ray.actors.messages import (
     whereabouts,
 )
 from texforce_ray.actors.torch_trace import TorchTrace
-from texforce_ray.artifacts.snapshot import PolicySnapshot
+from texforce_ray.artifacts.snapshot import UNET, PolicySnapshot
 from texforce_ray.config import Config
 from texforce_ray.records.looks import Looks
 
 if TYPE_CHECKING:
+    from texforce_ray.diffusion.sampler import Sampler
     from texforce_ray.diffusion.trajectory import Trajectory
 
 
@@ -79,10 +80,11 @@ class RolloutActor:
     def sample(self, unit: WorkUnit, policy: Refs) -> tuple[SampleInfo, Trajectory, ImagePayload]:
         """Sample one unit of work under the policy that `policy[0]` refers to."""
         start = time.perf_counter()
+        sampler = self.sampler.at(self.config, unit.iteration)
         profiled = unit.iteration in self.config.profile and unit.index == 0
         with self._policy(policy), TorchTrace(profiled) as trace:
-            trajectory, images = self.sampler.sample(
-                unit.prompts, unit.seeds, unit.policy_version, self._keep(unit)
+            trajectory, images = sampler.sample(
+                unit.prompts, unit.seeds, unit.policy_version, self._keep(unit, sampler)
             )
         info = SampleInfo(
             time.perf_counter() - start,
@@ -96,10 +98,10 @@ class RolloutActor:
         )
         return info, trajectory, pack_images(images)
 
-    def _keep(self, unit: WorkUnit) -> np.ndarray:
+    def _keep(self, unit: WorkUnit, sampler: Sampler) -> np.ndarray:
         from texforce_ray.rl.objectives import learner_class
 
-        first, process = unit.index * self.config.rollout.batch_size, self.sampler.denoiser.process
+        first, process = unit.index * self.config.rollout.batch_size, sampler.denoiser.process
         kept = learner_class(self.config).kept_latents
         return kept(self.config, process, unit.iteration, first, len(unit))
 
@@ -124,7 +126,8 @@ class RolloutActor:
         from texforce_ray.model.adapter_files import export_adapter
 
         with tempfile.TemporaryDirectory() as folder:
-            export_adapter(ray.get(policy[0]), Path(folder), self.config.model.path)
+            unet = self.backbone.family.denoiser == UNET
+            export_adapter(ray.get(policy[0]), Path(folder), self.config.model.path, kohya=unet)
             files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
             return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from texforce_ray.errors import ConfigError
@@ -31,8 +31,11 @@ class Family:
 
     pipeline: diffusers' class. backbone: our 'module:Class', imported when it is used. encoders:
     text encoders by the pipeline's names, with their classes. denoiser: its name in the pipeline;
-    denoiser_class: its class. schedulers: supported classes of the pipeline's scheduler. load:
-    arguments of the pipeline's `from_pretrained`.
+    denoiser_class: its class. process: the `diffusion.process` that it takes; None: one of its own.
+    schedulers: supported classes of the pipeline's scheduler. optional: encoders that may be left
+    out. packed: the denoiser's input channels for each latent channel. lengths: tokens of encoders whose length is an argument, and its default. vae_keys: what
+    stock pipelines do to latents besides scaling. load: arguments of the pipeline's
+    `from_pretrained`.
     """
 
     pipeline: str
@@ -40,13 +43,24 @@ class Family:
     encoders: Mapping[str, str]
     denoiser: str = "unet"
     denoiser_class: str = "UNet2DConditionModel"
+    process: str | None = None
     schedulers: Sequence[str] = DDPM_SCHEDULERS
+    optional: Sequence[str] = ()
+    packed: int = 1
+    lengths: Mapping[str, int] = field(default_factory=dict)
+    vae_keys: Sequence[str] = ()
     load: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tokenizers(self) -> list[str]:
         """The encoders' tokenizers, by the pipeline's names."""
-        return [name.replace("text_encoder", "tokenizer") for name in self.encoders]
+        return [tokenizer_of(name) for name in self.encoders]
+
+    def without(self, left_out: Sequence[str]) -> Family:
+        """The family of pipelines that lack some of the optional encoders."""
+        kept = {name: kind for name, kind in self.encoders.items() if name not in left_out}
+        nothing = {part: None for name in left_out for part in (name, tokenizer_of(name))}
+        return replace(self, encoders=kept, load={**self.load, **nothing})
 
     @property
     def classes(self) -> list[str]:
@@ -59,18 +73,61 @@ class Family:
         return [*self.encoders, self.denoiser, "vae"]
 
 
+def tokenizer_of(encoder: str) -> str:
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+_FLOW = {
+    "denoiser": "transformer",
+    "process": "flow",
+    "schedulers": ("FlowMatchEulerDiscreteScheduler",),
+    "vae_keys": ("shift_factor",),
+}
 _ROWS = (
     Family(
         "StableDiffusionPipeline",
         "texforce_ray.model.stable_diffusion:StableDiffusion",
         {"text_encoder": "CLIPTextModel"},
+        process="ddim",
         load={"safety_checker": None, "requires_safety_checker": False},
     ),
     Family(
         "StableDiffusionXLPipeline",
         "texforce_ray.model.stable_diffusion:StableDiffusionXl",
         {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"},
+        process="ddim",
+        vae_keys=("latents_mean", "latents_std"),
         load={"add_watermarker": False},
+    ),
+    Family(
+        "StableDiffusion3Pipeline",
+        "texforce_ray.model.flow_models:StableDiffusion3",
+        {
+            "text_encoder": "CLIPTextModelWithProjection",
+            "text_encoder_2": "CLIPTextModelWithProjection",
+            "text_encoder_3": "T5EncoderModel",
+        },
+        denoiser_class="SD3Transformer2DModel",
+        optional=("text_encoder_3",),
+        lengths={"text_encoder_3": 256},
+        **_FLOW,
+    ),
+    Family(
+        "FluxPipeline",
+        "texforce_ray.model.flow_models:Flux",
+        {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
+        denoiser_class="FluxTransformer2DModel",
+        packed=4,
+        lengths={"text_encoder_2": 512},
+        **_FLOW,
+    ),
+    Family(
+        "ZImagePipeline",
+        "texforce_ray.model.flow_models:ZImage",
+        {"text_encoder": "Qwen3Model"},
+        denoiser_class="ZImageTransformer2DModel",
+        lengths={"text_encoder": 512},
+        **_FLOW,
     ),
 )
 FAMILIES = {family.pipeline: family for family in _ROWS}
@@ -112,3 +169,29 @@ def family_of(pipeline: object, path: str, own: Family | None = None) -> Family:
     if isinstance(pipeline, str) and pipeline in FAMILIES:
         return FAMILIES[pipeline]
     raise ConfigError(f"model.path: {path} holds a {pipeline}; supported: {', '.join(FAMILIES)}")
+
+
+def wrong_process(family: Family, path: str, configured: str) -> ConfigError:
+    """The error for a model that another `diffusion.process` denoises."""
+    return ConfigError(
+        f"diffusion.process: {configured!r}, but model.path {path} is a {family.pipeline}, which "
+        f"needs {family.process!r}"
+    )
+
+
+def family_in(
+    index: Mapping[str, Any], path: str, own: Family | None = None, left_out: Sequence[str] = ()
+) -> Family:
+    """The family of a pipeline's `model_index.json`, without the optional encoders that it lacks.
+
+    `left_out`: encoders that are not to be loaded.
+
+    Raises:
+        ConfigError: it is not supported, or an encoder in `left_out` is not optional.
+    """
+    family = family_of(index.get("_class_name"), path, own)
+    if wrong := [name for name in left_out if name not in family.optional]:
+        may = f"; may be left out: {', '.join(family.optional)}" if family.optional else ""
+        raise ConfigError(f"model.leave_out: a {family.pipeline} cannot do without {wrong[0]}{may}")
+    missing = [name for name in family.optional if not any(index.get(name) or ())]
+    return family.without([*missing, *left_out])

@@ -7,11 +7,11 @@ model differently from stock diffusers, we would train it for images that nobody
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from texforce_ray.artifacts.families import DDPM_SCHEDULERS, Family, family_of
+from texforce_ray.artifacts.families import DDPM_SCHEDULERS, Family, family_in
 from texforce_ray.errors import ConfigError
 from texforce_ray.files import from_json
 
@@ -51,7 +51,8 @@ def check_pipeline(
     *,
     weights: bool = True,
     own: Family | None = None,
-) -> None:
+    left_out: Sequence[str] = (),
+) -> Family:
     """Reject a local pipeline that cannot be loaded or would generate other images than stock.
 
     Args:
@@ -60,12 +61,16 @@ def check_pipeline(
         variant: of the weight files, e.g. 'fp16'.
         weights: whether to check its weights too.
         own: the user's own family, if any.
+        left_out: optional text encoders that are not to be loaded.
+
+    Returns:
+        Its family.
 
     Raises:
         ConfigError: names the file and the key.
     """
     index = read_json(folder / "model_index.json", path)
-    family = family_of(index.get("_class_name"), path, own)
+    family = family_in(index, path, own, left_out)
     encoders, denoiser = family.encoders, family.denoiser
     xl = len(encoders) > 1
     for name in (*encoders, *family.tokenizers, denoiser, "vae", "scheduler"):
@@ -91,16 +96,22 @@ def check_pipeline(
     vae = read_json(folder / "vae" / "config.json", path)
     if denoiser == "unet":
         check_unet(network, f"model.path: {path}", xl=xl)
-    _check_vae(vae, path, xl=xl)
-    if (channels := network.get("in_channels", 4)) != (latents := vae.get("latent_channels", 4)):
+    elif (kind := network.get("_class_name")) != family.denoiser_class:
+        raise ConfigError(
+            f"model.path: {path}: the {denoiser} is a {kind}; supported: {family.denoiser_class}"
+        )
+    _check_vae(vae, path, family)
+    channels, latents = network.get("in_channels", 4), vae.get("latent_channels", 4)
+    if channels != latents * family.packed:
         raise ConfigError(
             f"model.path: {path}: {denoiser}/config.json has in_channels {channels} where the VAE "
-            f"has {latents} latent channels: a U-Net for inpainting, depth or editing also needs "
+            f"has {latents} latent channels: a denoiser for inpainting, depth or editing also needs "
             "an image, and cannot be trained from prompts alone"
         )
     _check_scheduler(read_json(folder / "scheduler" / "scheduler_config.json", path), path, family)
     if weights:
         _check_weights(folder, family.models, path, variant)
+    return family
 
 
 def check_unet(config: dict[str, Any], where: str, *, xl: bool) -> None:
@@ -133,16 +144,20 @@ def check_unet(config: dict[str, Any], where: str, *, xl: bool) -> None:
         )
 
 
-def _check_vae(config: dict[str, Any], path: str, *, xl: bool) -> None:
+def _check_vae(config: dict[str, Any], path: str, family: Family) -> None:
     kind, file = config.get("_class_name", "AutoencoderKL"), "vae/config.json"
     if kind not in ("AutoencoderKL", "AutoencoderTiny"):
         raise ConfigError(
             f"model.path: {path}: the VAE is a {kind}; supported: AutoencoderKL, AutoencoderTiny"
         )
-    if config.get("shift_factor") and kind == "AutoencoderKL":
+    if "shift_factor" in family.vae_keys:
+        if config.get("shift_factor") is None:
+            raise _not_understood(path, file, "shift_factor", None, "a number")
+    elif config.get("shift_factor") and kind == "AutoencoderKL":
         raise _not_understood(path, file, "shift_factor", config["shift_factor"], "none")
     given = [key for key in ("latents_mean", "latents_std") if config.get(key) is not None]
-    if given and (not xl or len(given) == 1):  # stock SDXL uses both or none, stock SD neither
+    # Stock SDXL uses both or none, the others neither.
+    if given and ("latents_mean" not in family.vae_keys or len(given) == 1):
         raise _not_understood(path, file, given[0], config[given[0]], "none")
 
 
@@ -152,6 +167,9 @@ def _check_scheduler(config: dict[str, Any], path: str, family: Family) -> None:
         if kind not in family.schedulers:
             wanted = " or ".join(family.schedulers)
             raise _not_understood(path, file, "_class_name", kind, wanted)
+        for key in ("stochastic_sampling", "invert_sigmas"):
+            if family.process == "flow" and config.get(key):
+                raise _not_understood(path, file, key, config[key], "false")
         return
     if kind not in DDPM_SCHEDULERS:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ from texforce_ray.errors import ConfigError
 from texforce_ray.files import from_json
 
 EMBEDDED = Path(__file__).parent.parent / "shapes" / "weights"
-# The base that adapters of these weights record, and those that earlier weights' recorded.
-EMBEDDED_BASE, REPLACED_BASES = "texforce-ray/shapes-2", ("embedded",)
+EMBEDDED_FLOW = EMBEDDED.with_name("flow_weights")
+EMBEDDED_MODELS = {"embedded": EMBEDDED, "embedded-flow": EMBEDDED_FLOW}
+# The bases that adapters of these weights record, and those that earlier weights' recorded.
+EMBEDDED_BASES = {"embedded": "texforce-ray/shapes-2", "embedded-flow": "texforce-ray/shapes-flow"}
+REPLACED_BASES = ("embedded",)
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 DIFFUSERS_PICKLE = "pytorch_lora_weights.bin"
 KOHYA_FILE = "kohya.safetensors"
@@ -28,6 +31,7 @@ def locate_model(
     variant: str | None = None,
     single_file: str | None = None,
     family: Family | None = None,
+    left_out: Sequence[str] = (),
 ) -> str:
     """The directory of 'embedded' or of a local pipeline; a hub id or single file unchanged.
 
@@ -36,6 +40,7 @@ def locate_model(
         variant: `model.variant`.
         single_file: `model.single_file_config`.
         family: the user's own, if any.
+        left_out: `model.leave_out`.
 
     Raises:
         ConfigError: a local path is not a pipeline, or would generate other images than stock.
@@ -48,8 +53,8 @@ def locate_model(
             f"model.single_file_config: has no effect with model.path {path!r}, which is not a "
             ".safetensors file; leave it null"
         )
-    if path == "embedded":
-        return str(EMBEDDED)
+    if path in EMBEDDED_MODELS:
+        return str(EMBEDDED_MODELS[path])
     if not (folder / "model_index.json").is_file():
         if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
             raise ConfigError(
@@ -57,7 +62,7 @@ def locate_model(
                 + ("it holds no model_index.json" if folder.exists() else "it does not exist")
             )
         return path
-    check_pipeline(folder, path, variant, own=family)
+    check_pipeline(folder, path, variant, own=family, left_out=left_out)
     return str(folder)
 
 
@@ -181,12 +186,12 @@ def _recorded_base(folder: Path) -> str | None:
 
 def recorded_name(base: str) -> str:
     """The base that an adapter records: for 'embedded', the version of its weights."""
-    return EMBEDDED_BASE if same_base(base) == "embedded" else base
+    return EMBEDDED_BASES.get(same_base(base), base)
 
 
 def layers_per_block(base: str) -> int:
     """That of a local pipeline's U-Net; 2, as in all published Stable Diffusions, if unknown."""
-    folder = EMBEDDED if base == "embedded" else Path(base).expanduser()
+    folder = EMBEDDED_MODELS.get(base) or Path(base).expanduser()
     try:
         return most_layers(from_json((folder / "unet" / "config.json").read_bytes()))
     except (OSError, ValueError, TypeError, AttributeError):
@@ -201,9 +206,11 @@ def most_layers(config: Mapping[str, Any]) -> int:
 
 def same_base(base: str) -> str:
     """One name per base: paths without `..`, links and trailing slash; hub ids as they are."""
-    if base in ("embedded", EMBEDDED_BASE):
-        return "embedded"
+    for name, recorded in EMBEDDED_BASES.items():
+        if base in (name, recorded):
+            return name
     folder = Path(base).expanduser()
-    if folder.exists():
-        return "embedded" if folder.resolve() == EMBEDDED.resolve() else str(folder.resolve())
-    return base.rstrip("/") or base
+    if not folder.exists():
+        return base.rstrip("/") or base
+    names = {path.resolve(): name for name, path in EMBEDDED_MODELS.items()}
+    return names.get(folder.resolve(), str(folder.resolve()))

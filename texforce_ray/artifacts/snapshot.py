@@ -12,9 +12,10 @@ Tensors = dict[str, np.ndarray]
 
 
 # Parts that can have an adapter, by the pipeline's names, in the order of their parameters.
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-UNET = "unet"
-PARTS = (*TEXT_ENCODERS, UNET)
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+UNET, TRANSFORMER = "unet", "transformer"
+DENOISERS = (UNET, TRANSFORMER)
+PARTS = (*TEXT_ENCODERS, *DENOISERS)
 # The first parts' offsets keep the bits of adapters that were trained before offsets had names.
 _OFFSETS = {"text_encoder": 0, "text_encoder_2": 1, UNET: 2}
 
@@ -31,7 +32,7 @@ class Effect(NamedTuple):
     """A policy version as measured in the process that holds it: see `model.effect`.
 
     digest: of the adapter's bits. change: relative change of a probe prompt's embedding against the
-    base model. denoiser: likewise for the output of the U-Net's first adapted layer. Both are 0 for
+    base model. denoiser: likewise for the output of the denoiser's first adapted layer. Both are 0 for
     an adapter that changes nothing. layers: the number in which it is switched on.
     """
 

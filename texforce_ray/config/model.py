@@ -17,6 +17,20 @@ class ModelConfig(Section):
         description="'embedded' (the shapes world), a diffusers directory, a hub id, or one "
         ".safetensors file with single_file_config",
     )
+    leave_out: tuple[str, ...] = Field(
+        (), description="text encoders to do without: text_encoder_3 (T5) of Stable Diffusion 3"
+    )
+    park_encoders: bool = free(
+        False,
+        "keep text encoders that are not trained in host memory: they visit the GPU only for "
+        "prompts whose embeddings are not cached",
+    )
+    cached_prompts: int = Field(
+        1024,
+        ge=0,
+        description="prompts whose embeddings by encoders that are not trained are kept, in host "
+        "memory; 0: encode them again each time",
+    )
     revision: str | None = Field(None, description="hub revision to pin")
     variant: str | None = Field(None, description="weight file variant, e.g. 'fp16'")
     dtype: DType = Field("float32", description="dtype of the frozen weights")
@@ -59,15 +73,25 @@ class AdapterConfig(Section):
     lr: float | None = recorded(None, "peak learning rate; default: optimizer.lr", gt=0)
 
 
+class T5AdapterConfig(AdapterConfig):
+    """A LoRA adapter on a T5 encoder."""
+
+    target_modules: tuple[str, ...] = Field(
+        ("q", "k", "v", "o"),
+        min_length=1,
+        description="names of the encoder's linear layers that get an adapter",
+    )
+
+
 class DenoiserAdapterConfig(AdapterConfig):
-    """A LoRA adapter on the U-Net, trained instead of the text encoder's or jointly with it."""
+    """A LoRA adapter on the denoiser, trained instead of the text encoder's or jointly with it."""
 
     rank: int = Field(4, ge=1, description="rank of every LoRA pair")
     alpha: float = Field(4.0, gt=0, description="scale; the update is alpha / rank * B A")
     target_modules: tuple[str, ...] = Field(
         ("to_q", "to_k", "to_v", "to_out.0"),
         min_length=1,
-        description="names of the U-Net's linear layers that get an adapter",
+        description="names of the denoiser's linear layers that get an adapter",
     )
 
 
@@ -92,8 +116,11 @@ class LoraConfig(Section):
         "same",
         description="the second text encoder, if the model has one; 'same': like text_encoder",
     )
+    text_encoder_3: T5AdapterConfig | None = Field(
+        None, description="Stable Diffusion 3's T5; {}: defaults"
+    )
     denoiser: DenoiserAdapterConfig | None = Field(
-        None, description="the U-Net too (or, with text_encoder: null, alone); {}: defaults"
+        None, description="the U-Net or transformer too (or, with text_encoder: null, alone); {}: defaults"
     )
     init: str | None = Field(
         None,
@@ -107,25 +134,62 @@ class LoraConfig(Section):
         """The adapter of the second text encoder."""
         return self.text_encoder if self.text_encoder_2 == "same" else self.text_encoder_2
 
+    @property
+    def third(self) -> AdapterConfig | None:
+        """The adapter of the third text encoder."""
+        return self.text_encoder_3
+
+    @property
+    def encoders(self) -> list[AdapterConfig]:
+        """The adapters of text encoders."""
+        return [a for a in (self.text_encoder, self.second, self.third) if a is not None]
+
     @model_validator(mode="after")
     def _something(self) -> LoraConfig:
-        if self.text_encoder is None and self.second is None and self.denoiser is None:
+        if not self.encoders and self.denoiser is None:
             raise ValueError(
                 "text_encoder: null leaves nothing to train; set another part, such as denoiser: {}"
             )
         return self
 
 
-class DiffusionConfig(Section):
-    """The Markov decision process: DDIM with noise, and classifier-free guidance."""
+# How much noise each kernel adds by default, as its authors do.
+_ETA = {"cps": 0.8, "flow": 0.7, "dance": 0.3, "ode": 0.0}
 
+
+class WindowConfig(Section):
+    """The steps that add noise and are trained, drawn once an iteration; all others add none."""
+
+    size: int = Field(3, ge=1, description="adjacent steps with noise, all of them trained")
+    within: tuple[int, int] | None = Field(
+        None,
+        description="first step, counted from 0, and end of the range that the window is drawn "
+        "from, e.g. [0, 5]; null: the first half",
+    )
+
+
+class DiffusionConfig(Section):
+    """The Markov decision process: how latents are denoised, with how much noise and guidance."""
+
+    process: Literal["ddim", "flow"] = Field(
+        "ddim", description="'flow' for flow-matching models such as Stable Diffusion 3 and FLUX"
+    )
+    kernel: Literal["cps", "flow", "dance", "ode"] = Field(
+        "cps",
+        description="how a flow's steps add noise: Flow-CPS, Flow-GRPO's SDE, DanceGRPO's, or not "
+        "at all: docs/flow.md",
+    )
+    window: WindowConfig | None = Field(
+        None, description="add noise in, and train, only a few steps; {}: three of the first half"
+    )
     steps: int = Field(50, ge=1, le=500, description="denoising steps")
     eta: float = Field(
         1.0,
         ge=0,
         le=1,
-        description="share of DDPM noise; 0, a deterministic solver, has no likelihood: for "
-        "objectives other than ppo",
+        description="how much noise: ddim's share of DDPM noise, or a flow kernel's a (default: "
+        "cps .8, flow .7, dance .3); 0, a deterministic solver, has no likelihood: for objectives "
+        "other than ppo",
     )
     guidance_scale: float = Field(5.0, ge=0, description="g; at most 1 means no guidance")
     storage_dtype: Literal["float32", "float16"] = Field(
@@ -140,11 +204,44 @@ class DiffusionConfig(Section):
         description="last layers of the text encoder to skip, counted as in diffusers: 1 uses the "
         "last but one (which other programs call 2)",
     )
+    max_sequence_length: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of the longest text encoder (T5 and the like), as in stock pipelines; "
+        "null: their default",
+    )
     negative_prompt: str | None = Field(
         None,
         description="prompt that guidance steers away from, through the same trained encoder; "
         "null: the empty prompt",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kernels_own_eta(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("process") != "flow":
+            return values
+        own = _ETA.get(values.get("kernel", "cps"), 1.0)
+        return {"eta": own} | values
+
+    @model_validator(mode="after")
+    def _flows(self) -> DiffusionConfig:
+        if self.process == "ddim" and self.kernel != "cps":
+            raise ValueError(
+                f"kernel: {self.kernel!r} is for flow-matching models; leave it out, or set "
+                "process=flow"
+            )
+        if self.kernel == "ode" and self.eta:
+            raise ValueError(f"eta: {self.eta:g} with kernel 'ode', which adds no noise; use 0")
+        if self.window is None:
+            return self
+        first, end = self.window.within or (0, max(self.window.size, self.steps // 2))
+        if not 0 <= first <= end - self.window.size or end > self.steps:
+            raise ValueError(
+                f"window: {self.window.size} steps within [{first}, {end}] of {self.steps}; they "
+                "must fit there"
+            )
+        return self
 
     @model_validator(mode="after")
     def _guided(self) -> DiffusionConfig:

@@ -139,7 +139,7 @@ def likelihoods_need_noise(config: Config) -> None:
 
 def anchored_embeddings_are_trained(config: Config) -> None:
     weight = getattr(config.objective, "embedding_anchor_weight", 0.0)
-    if weight and config.lora.text_encoder is None and config.lora.second is None:
+    if weight and not config.lora.encoders:
         raise ValueError(
             f"objective.embedding_anchor_weight: {weight:g}, but no text encoder is trained, so "
             "embeddings never change; set it to 0, or use objective.anchor_weight"

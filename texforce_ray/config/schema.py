@@ -110,7 +110,9 @@ class Config(Section):
 
     @property
     def trained_timesteps(self) -> int:
-        """Timesteps of each sample that PPO trains on."""
+        """Timesteps of each sample that PPO trains on: all of a window."""
+        if self.diffusion.window is not None:
+            return self.diffusion.window.size
         return max(1, round(self.diffusion.steps * self.ppo.timestep_fraction))
 
     @property

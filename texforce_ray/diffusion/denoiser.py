@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,12 +18,22 @@ from texforce_ray.model.conditioning import Conditioning, Prepared
 class Denoiser:
     """Shared by sampler and learners, so that their results can differ only by rounding.
 
-    guidance_scale: at most 1 means no guidance, and one pass instead of two.
+    guidance_scale: as in the stock pipeline; for most, at most 1 means no guidance, and one pass
+    instead of two.
     """
 
     backbone: Backbone
     process: Process
     guidance_scale: float
+
+    @property
+    def passes(self) -> int:
+        """Passes through the network at each step."""
+        return self.backbone.passes(self.guidance_scale)
+
+    def unguided(self) -> Denoiser:
+        """The network alone, as it is trained on the forward process."""
+        return replace(self, guidance_scale=self.backbone.unguided(self.guidance_scale))
 
     @property
     def device(self) -> torch.device:
@@ -38,9 +48,9 @@ class Denoiser:
         lengths = [part.shape[1] for part in ids]
         conditioning = self.backbone.encode(distinct.split(lengths, 1))
         rows = inverse.cpu().numpy()
-        if self.guidance_scale <= 1:
-            return conditioning, rows
-        return Conditioning.cat([self.backbone.encode_empty(), conditioning]), rows + 1
+        if self.passes == 2:
+            conditioning, rows = Conditioning.cat([self.backbone.encode_empty(), conditioning]), rows + 1
+        return self.backbone.with_guidance(conditioning, self.guidance_scale), rows
 
     def prepare(self, conditioning: Conditioning) -> Prepared:
         """Conditioning in the form that the network's layers use."""
@@ -56,38 +66,38 @@ class Denoiser:
             rows: int64 [B], each sample's index into them.
         """
         timesteps = self.process.timesteps[step]
-        if self.guidance_scale <= 1:
+        if self.passes == 1:
             return self.backbone.predict_prepared(x, timesteps, prepared, rows).float()
         both = np.concatenate([np.zeros_like(rows), rows])
         output = self.backbone.predict_prepared(
             torch.cat([x, x]), torch.cat([timesteps, timesteps]), prepared, both
         )
         unconditional, conditional = output.float().chunk(2)
-        return guide(unconditional, conditional, self.guidance_scale)
+        return self.backbone.guide(unconditional, conditional, self.guidance_scale)
 
     def mean(self, step: Tensor, x: Tensor, prepared: Prepared, rows: np.ndarray) -> Tensor:
         """Mean of the policy's Gaussian at each (sample, step): float32 [B, C, h, w]."""
         return self.process.mean(step, x, self.output(step, x, prepared, rows))
 
 
-def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022, eq. 6, in diffusers' parametrisation)."""
-    return unconditional + scale * (conditional - unconditional)
+def draw_noise(
+    backbone: Backbone, seeds: np.ndarray, process: Process
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """All noise of B samples: that of the start, and that of each step which draws some.
 
-
-def draw_noise(backbone: Backbone, seeds: np.ndarray, steps: int) -> list[Tensor]:
-    """All noise of B samples: the start of denoising, then that of each step: [B, C, h, w] each.
-
-    float32, drawn in stock diffusers' order and dtype. A pure function of the seeds, so
+    float32 [B, C, h, w] each, drawn in stock diffusers' order and dtype: from one CPU generator
+    for each sample, first the start, then the steps in order. A pure function of the seeds, so
     trajectories need not store it.
     """
     generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
-    shape = (len(seeds), *backbone.latent_shape)
+    shape, cpu = (len(seeds), *backbone.latent_shape), torch.device("cpu")
+    first, later = backbone.noise_dtype, process.step_noise_dtype or backbone.noise_dtype
     drawn = [
-        randn_tensor(
-            shape, generator=generators, device=torch.device("cpu"), dtype=backbone.noise_dtype
-        )
-        for _ in range(steps + 1)
+        randn_tensor(shape, generator=generators, device=cpu, dtype=dtype)
+        for dtype in (first, *[later] * len(process.draws))
     ]
+    if first != later:
+        drawn = [noise.float() for noise in drawn]
     # A single copy to the device: a copy per step would wait for the step before.
-    return list(torch.stack(drawn).to(backbone.device).float())
+    start, *steps = torch.stack(drawn).to(backbone.device).float()
+    return start, dict(zip(process.draws, steps, strict=True))

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from texforce_ray.errors import ConfigError
 
 _Self = TypeVar("_Self", bound="Process")
 
@@ -27,6 +30,9 @@ class Process(ABC):
     timesteps: Tensor
     sigma: Tensor
 
+    # Of the noise that steps draw; None: the network's, as for the start of denoising.
+    step_noise_dtype: torch.dtype | None = None
+
     def __len__(self) -> int:
         return len(self.timesteps)
 
@@ -34,6 +40,17 @@ class Process(ABC):
     def trainable(self) -> list[int]:
         """Indices of the steps that have a likelihood."""
         return [i for i, sigma in enumerate(self.sigma.tolist()) if sigma > 0]
+
+    @property
+    def draws(self) -> Sequence[int]:
+        """The steps at which noise is drawn, ascending: all, unless none has a likelihood."""
+        return range(len(self)) if self.trainable else ()
+
+    def windowed(self: _Self, steps: Sequence[int]) -> _Self:
+        """The same process with noise in `steps` alone, and deterministic steps elsewhere."""
+        raise ConfigError(
+            f"diffusion.window: the process {type(self).__name__} has none; leave it null"
+        )
 
     @abstractmethod
     def to(self: _Self, device: torch.device) -> _Self:
@@ -73,6 +90,14 @@ class Process(ABC):
         step = torch.arange(len(self), device=self.timesteps.device)
         x = torch.zeros(len(self), 1, 1, 1, device=step.device)
         return (self.mean(step, x, x + 1) - self.mean(step, x, x)).abs().reshape(-1)
+
+    def sensitivity(self) -> Tensor:
+        """|d mean / d output| / sigma of each step, [T]; infinite where there is no likelihood.
+
+        How steeply a step's log-likelihood depends on the network's output. Where it is large,
+        rounding and the smallest change of the policy move the likelihood most.
+        """
+        return torch.where(self.sigma > 0, self.slope() / self.sigma, math.inf)
 
     def advance(self, step: Tensor, mean: Tensor, noise: Tensor) -> Tensor:
         """The next latent: mean + sigma noise."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ import torch
 from texforce_ray.config import Config
 from texforce_ray.diffusion.denoiser import Denoiser, draw_noise
 from texforce_ray.diffusion.trajectory import Trajectory
+from texforce_ray.diffusion.window import process_at
 from texforce_ray.model.backbone import DTYPES, Backbone
 
 
@@ -24,12 +26,24 @@ class Sampler:
         steps: int,
         eta: float,
         guidance_scale: float,
+        kernel: str = "cps",
         storage_dtype: str = "float32",
         decode_batch_size: int = 0,
     ) -> None:
-        """`decode_batch_size`: latents that the VAE decodes at once; 0: all of them."""
-        self.backbone, self.steps = backbone, steps
-        self.denoiser = Denoiser(backbone, backbone.process(steps, eta), guidance_scale)
+        """Make a sampler.
+
+        Args:
+            backbone: the pipeline.
+            steps: of denoising.
+            eta: how much noise they add.
+            guidance_scale: at most 1 means no guidance.
+            kernel: how a flow's steps add noise.
+            storage_dtype: of latents.
+            decode_batch_size: latents that the VAE decodes at once; 0: all of them.
+        """
+        self.backbone, self.steps, self.kernel = backbone, steps, kernel
+        process = backbone.process(steps, eta, kernel)
+        self.denoiser = Denoiser(backbone, process, guidance_scale)
         self.storage = DTYPES[storage_dtype]
         self.decode_batch_size = decode_batch_size
 
@@ -42,15 +56,27 @@ class Sampler:
             steps=d.steps,
             eta=d.eta,
             guidance_scale=d.guidance_scale,
+            kernel=d.kernel,
             storage_dtype=d.storage_dtype,
             decode_batch_size=config.rollout.decode_batch_size,
         )
 
-    def drawing(self, guidance_scale: float, eta: float) -> Sampler:
-        """The same with another guidance and eta, only for images: eta = 0 has no likelihood."""
+    def drawing(self, guidance_scale: float, eta: float, steps: int | None = None) -> Sampler:
+        """The same with other settings, only for images: eta = 0 has no likelihood.
+
+        All its steps add noise, if `eta` is not 0.
+        """
         other = copy.copy(self)
-        process = self.backbone.process(self.steps, eta)
+        other.steps = steps or self.steps
+        process = self.backbone.process(other.steps, eta, self.kernel)
         other.denoiser = Denoiser(self.backbone, process, guidance_scale)
+        return other
+
+    def at(self, config: Config, iteration: int) -> Sampler:
+        """The same with the noise of an iteration: in its window alone, if there is one."""
+        other = copy.copy(self)
+        process = process_at(config, self.denoiser.process, iteration)
+        other.denoiser = replace(self.denoiser, process=process)
         return other
 
     @torch.no_grad()
@@ -77,8 +103,8 @@ class Sampler:
         ids = backbone.tokenize(prompts).ids
         conditioning, rows = denoiser.encode(ids)
         prepared = denoiser.prepare(conditioning)
-        noisy = bool(process.trainable)  # a deterministic solver draws its start alone
-        first, *noise = draw_noise(backbone, seeds, len(process) if noisy else 0)
+        first, noise = draw_noise(backbone, seeds, process)
+        noisy = bool(noise)  # a deterministic solver draws its start alone
         # Denoising itself is computed in float32, whatever the networks' dtype: a mean rounded to
         # half precision would make likelihoods meaningless.
         x = process.start(first).to(self.storage).float()
@@ -87,7 +113,7 @@ class Sampler:
             step = torch.full((len(prompts),), index, device=x.device)
             mean = denoiser.mean(step, x, prepared, rows)
             # Continue from the stored value, so that the learner sees what was sampled.
-            drawn = noise[index] if noisy else torch.zeros_like(mean)
+            drawn = noise[index] if index in noise else torch.zeros_like(mean)
             x = process.advance(step, mean, drawn).to(self.storage).float()
             latents.append(x)
             if noisy:

@@ -7,7 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from texforce_ray.artifacts.families import own_family
+from texforce_ray.artifacts.families import Family, family_in, own_family, wrong_process
+from texforce_ray.artifacts.inspection import read_json
 from texforce_ray.artifacts.location import find_adapter, locate_model
 from texforce_ray.cluster.connection import check_startable
 from texforce_ray.cluster.environments import reward_environment
@@ -38,7 +39,10 @@ def check_inputs(config: Config, *, new: bool = True) -> PromptSets:
     check_startable(config)
     model = config.model
     family = own_family(model.family)
-    locate_model(model.path, model.variant, model.single_file_config, family)
+    location = locate_model(
+        model.path, model.variant, model.single_file_config, family, model.leave_out
+    )
+    _check_process(config, Path(location), family)
     _check_module(getattr(config.objective, "target", None), "objective.target")
     if new and config.lora.init is not None:
         find_adapter(Path(config.lora.init).expanduser(), f"lora.init: {config.lora.init}")
@@ -54,6 +58,16 @@ def check_inputs(config: Config, *, new: bool = True) -> PromptSets:
         evaluation=load_prompts(config.eval.prompts) if config.eval.prompts else train,
         unseen=load_prompts(config.eval.unseen) if config.eval.unseen else [],
     )
+
+
+def _check_process(config: Config, location: Path, own: Family | None) -> None:
+    """Check that the model is one that `diffusion.process` denoises, if it is here already."""
+    folder = Path(config.model.single_file_config or location).expanduser()
+    if (folder / "model_index.json").is_file():
+        index = read_json(folder / "model_index.json", config.model.path)
+        family = family_in(index, config.model.path, own, config.model.leave_out)
+        if family.process not in (None, config.diffusion.process):
+            raise wrong_process(family, config.model.path, config.diffusion.process)
 
 
 def _check_module(target: str | None, key: str) -> None:

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from texforce_ray.artifacts.snapshot import UNET, LoraShape, PolicySnapshot, seed_offset
+from texforce_ray.artifacts.snapshot import DENOISERS, LoraShape, PolicySnapshot, seed_offset
 from texforce_ray.errors import ConfigError
 from texforce_ray.model.backbone import Backbone
 from texforce_ray.model.lora_layers import PREFIX, canonical, format_names, linear_shape, own_names
@@ -42,10 +42,9 @@ class PartAdapter:
                 names = sorted(
                     {n.rpartition(".")[2] for n, m in module.named_modules() if _is_linear(m)}
                 )
-                key = "lora.denoiser" if part == UNET else f"lora.{part}"
                 raise ConfigError(
-                    f"{key}.target_modules: {list(shape.target_modules)} match no layer of the "
-                    f"{part}, whose linear layers are {names}"
+                    f"{_key(part)}.target_modules: {list(shape.target_modules)} match no layer of "
+                    f"the {part}, whose linear layers are {names}"
                 ) from error
         self._layers = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
         for parameter in self.parameters():
@@ -169,6 +168,11 @@ class Adapter:
             for part in self.parts.values():
                 stack.enter_context(part.disabled())
             yield
+
+
+def _key(part: str) -> str:
+    """The config's section of a part's adapter."""
+    return "lora.denoiser" if part in DENOISERS else f"lora.{part}"
 
 
 def _is_linear(module: nn.Module) -> bool:

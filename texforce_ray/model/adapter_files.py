@@ -19,7 +19,15 @@ from texforce_ray.artifacts.location import (
     find_adapter,
     recorded_name,
 )
-from texforce_ray.artifacts.snapshot import PARTS, TEXT_ENCODERS, UNET, PolicySnapshot, Tensors
+from texforce_ray.artifacts.snapshot import (
+    DENOISERS,
+    PARTS,
+    TEXT_ENCODERS,
+    TRANSFORMER,
+    UNET,
+    PolicySnapshot,
+    Tensors,
+)
 from texforce_ray.errors import ConfigError
 from texforce_ray.files import atomic_write_bytes, from_json, write_error
 from texforce_ray.model.kohya import to_kohya
@@ -31,22 +39,39 @@ from texforce_ray.model.lora_layers import (
     Layers,
     assemble,
     canonical,
+    of_clip,
     pair_layers,
     prefixed,
 )
 from texforce_ray.model.peft_config import portable_config, read_scale, target_names
 
 _PEFT_START = "base_model.model."
+# Layers of transformers that are not in "transformer_blocks"; Z-Image's blocks are "layers".
+_TRANSFORMER = (
+    "context_embedder.", "proj_out.", "norm_out.", "time_text_embed.", "x_embedder.",
+    "noise_refiner.", "context_refiner.", "cap_embedder.",
+)  # fmt: skip
 _PROJECTED = "CLIPTextModelWithProjection"
 
 
-def export_adapter(snapshot: PolicySnapshot, directory: Path, base: str) -> None:
+def export_adapter(
+    snapshot: PolicySnapshot, directory: Path, base: str, *, kohya: bool = True
+) -> None:
     """Write one directory that stock PEFT, stock diffusers and kohya's readers load.
 
     `adapter_config.json` + `adapter_model.safetensors` for `PeftModel.from_pretrained`, in the
     directory itself for one part, and in one folder per part if there are several;
     `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights`; `kohya.safetensors` for A1111,
     ComfyUI and the like. Equal snapshots give equal bytes.
+
+    diffusers loads no LoRA of text encoders other than CLIP's (T5, language models): those have
+    PEFT's files alone.
+
+    Args:
+        snapshot: the adapter.
+        directory: created if missing.
+        base: the base model that it records.
+        kohya: whether to write kohya's file too, whose names are Stable Diffusion's and SDXL's.
 
     Raises:
         RunDirectoryError: a file cannot be written.
@@ -55,8 +80,8 @@ def export_adapter(snapshot: PolicySnapshot, directory: Path, base: str) -> None
     diffusers: Tensors = {}
     files: dict[str, bytes] = {}
     for part, tensors in snapshot.adapters.items():
-        # A second text encoder in the directory itself would be taken for the first.
-        alone = len(snapshot.adapters) == 1 and part != TEXT_ENCODERS[1]
+        # In the directory itself, another text encoder would be taken for the first.
+        alone = len(snapshot.adapters) == 1 and part not in TEXT_ENCODERS[1:]
         folder = "" if alone else f"{part}/"
         shape = snapshot.shapes[part]
         config = portable_config(shape.rank, shape.alpha, shape.target_modules, recorded_name(base))
@@ -67,9 +92,12 @@ def export_adapter(snapshot: PolicySnapshot, directory: Path, base: str) -> None
         diffusers |= {
             f"{part}.{prefixed(part, key)}": value * scale if key.endswith(B) else value
             for key, value in tensors.items()
+            if part in DENOISERS or of_clip(part, key)
         }
-    files[DIFFUSERS_FILE] = _bytes(diffusers)
-    files[KOHYA_FILE] = _bytes(to_kohya(snapshot))
+    if diffusers:
+        files[DIFFUSERS_FILE] = _bytes(diffusers)
+    if kohya:
+        files[KOHYA_FILE] = _bytes(to_kohya(snapshot))
     _write(directory, files)
 
 
@@ -169,6 +197,8 @@ def _guess_part(config: dict[str, object], tensors: Tensors) -> str:
     blocks = ("down_blocks.", "mid_block.", "up_blocks.")
     if any(key.startswith(blocks) for key in tensors):
         return UNET
+    if any("transformer_blocks." in key or key.startswith(_TRANSFORMER) for key in tensors):
+        return TRANSFORMER
     mapping = config.get("auto_mapping")
     named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     projected = named == _PROJECTED or any(key.startswith("text_projection") for key in tensors)

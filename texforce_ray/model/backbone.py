@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from texforce_ray.artifacts.families import Family, family_of, own_family
+from texforce_ray.artifacts.families import Family, own_family, wrong_process
 from texforce_ray.artifacts.location import locate_model
 from texforce_ray.config import Config
 from texforce_ray.diffusion.process import Process
@@ -37,7 +37,10 @@ class Backbone(ABC):
         self.family, self.device, self.drawing = family, device, drawing
         self.compiled = False
         self._noise_dtype: torch.dtype | None = None
-        self.pipe = pipe.to(device)
+        self.pipe = pipe
+        for name in family.models:
+            if not (drawing.park_encoders and name in family.encoders):
+                getattr(pipe, name).to(device)
         self.denoiser: Any = getattr(pipe, family.denoiser).eval().requires_grad_(False)
         self.vae: AutoencoderKL = pipe.vae.eval().requires_grad_(False)
         encoders = [getattr(pipe, name) for name in family.encoders]
@@ -48,12 +51,18 @@ class Backbone(ABC):
         self._check_drawing()
 
     def _check_drawing(self) -> None:
-        d, scale = self.drawing, self.pipe.vae_scale_factor
+        d, scale = self.drawing, self.pipe.vae_scale_factor * self.latent_multiple
         for name in ("height", "width"):
             if (value := getattr(d, name)) is not None and value % scale:
                 raise ConfigError(
-                    f"diffusion.{name}: {value} is not a multiple of {scale}, the size of a latent"
+                    f"diffusion.{name}: {value} is not a multiple of {scale}, the size of "
+                    f"{'a latent' if self.latent_multiple == 1 else 'what the denoiser reads'}"
                 )
+        if d.max_sequence_length is not None and not self.family.lengths:
+            raise ConfigError(
+                f"diffusion.max_sequence_length: {d.max_sequence_length}, but the text encoders of "
+                f"a {self.family.pipeline} have a length of their own; leave it null"
+            )
         layers = min(encoder.config.num_hidden_layers for encoder in self.text_encoders)
         most = layers - 1 - (len(self.text_encoders) > 1)  # SDXL skips one anyway
         if d.clip_skip is not None and d.clip_skip > most:
@@ -102,8 +111,8 @@ class Backbone(ABC):
     # ---- what a family defines -------------------------------------------------------------
 
     @abstractmethod
-    def process(self, steps: int, eta: float) -> Process:
-        """The denoising process of this model."""
+    def process(self, steps: int, eta: float, kernel: str = "cps") -> Process:
+        """The denoising process of this model; `kernel` is for flows."""
 
     @abstractmethod
     def _encode(self, ids: Sequence[Tensor], clip_skip: int | None) -> Conditioning:
@@ -123,6 +132,37 @@ class Backbone(ABC):
     ) -> Tensor:
         """`predict`, where row b has prompt `rows[b]` (int64 [B]) of the prepared ones."""
 
+    # ---- what a family may define -----------------------------------------------------------
+
+    @property
+    def latent_multiple(self) -> int:
+        """Latents whose number an image's sides must be a multiple of."""
+        return 1
+
+    def passes(self, scale: float) -> int:
+        """Passes through the denoiser at each step, with guidance of this scale."""
+        return 2 if scale > 1 else 1
+
+    def unguided(self, scale: float) -> float:
+        """The scale at which the denoiser is trained on the forward process: without guidance."""
+        del scale
+        return 1.0
+
+    def with_guidance(self, conditioning: Conditioning, scale: float) -> Conditioning:
+        """Conditioning for a guidance scale, if the denoiser reads it."""
+        del scale
+        return conditioning
+
+    def guide(self, unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+        """The guided output."""
+        return guide(unconditional, conditional, scale)
+
+    def texts(self, prompts: Sequence[str], tokenizer: Any) -> list[str]:
+        """What a tokenizer is given of some prompts."""
+        # A textual inversion with several vectors is one word of the prompt.
+        convert = getattr(self.pipe, "maybe_convert_prompt", None)
+        return list(prompts) if convert is None else convert(list(prompts), tokenizer)
+
     # ---- what all share --------------------------------------------------------------------
 
     @property
@@ -130,19 +170,26 @@ class Backbone(ABC):
         """(C, h, w) of the latents."""
         size = self.denoiser.config.sample_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
+        return self.denoiser.config.in_channels, *self._latent_sides(height, width)
+
+    def _latent_sides(self, height: int, width: int) -> tuple[int, int]:
+        """Of the configured image, or else these."""
         d, scale = self.drawing, self.pipe.vae_scale_factor
         height = height if d.height is None else d.height // scale
         width = width if d.width is None else d.width // scale
-        return self.denoiser.config.in_channels, height, width
+        return height, width
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         """Padded ids of each prompt for each encoder, truncated at its limit."""
         ids, truncated = [], [False] * len(prompts)
-        for tokenizer, encoder in zip(self._tokenizers, self.text_encoders, strict=True):
-            # A textual inversion with several vectors is one word of the prompt.
-            texts = self.pipe.maybe_convert_prompt(list(prompts), tokenizer)
-            # Some tokenizers give no limit; transformers then takes it to be 1e30.
-            limit = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+        named = zip(self.family.encoders, self._tokenizers, self.text_encoders, strict=True)
+        for name, tokenizer, encoder in named:
+            texts = self.texts(prompts, tokenizer)
+            if name in self.family.lengths:
+                limit = self.drawing.max_sequence_length or self.family.lengths[name]
+            else:
+                # Some tokenizers give no limit; transformers then takes it to be 1e30.
+                limit = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
             ids.append(
                 tokenizer(
                     texts,
@@ -183,6 +230,11 @@ class Backbone(ABC):
         return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
+def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6, in diffusers' parametrisation)."""
+    return unconditional + scale * (conditional - unconditional)
+
+
 def load_backbone(
     path: str,
     *,
@@ -195,34 +247,35 @@ def load_backbone(
     single_file_config: str | None = None,
     drawing: Drawing = PLAIN,
     family: Family | None = None,
+    left_out: Sequence[str] = (),
 ) -> Backbone:
     """Load a diffusers pipeline directory, hub id or single file; 'embedded' is the shapes world.
 
     `unet` replaces the pipeline's U-Net by another; `unet_adapters` are merged into it. `family`:
-    the user's own, if any.
+    the user's own, if any. `left_out`: optional text encoders that are not loaded.
 
     Raises:
         ConfigError: the pipeline is missing, unsupported or incomplete, or an adapter is for
             another U-Net.
     """
-    pipe = load_pipeline(
-        locate_model(path, variant, single_file_config, family),
+    pipe, found = load_pipeline(
+        locate_model(path, variant, single_file_config, family, left_out),
         path,
         DTYPES[dtype],
         revision=revision,
         variant=variant,
         single_file_config=single_file_config,
         own=family,
+        left_out=left_out,
     )
     pipe.set_progress_bar_config(disable=True)
     if unet is not None:
         pipe.unet = load_unet(unet, DTYPES[dtype], pipe.unet)
     for adapter in unet_adapters:
         merge_unet_adapter(pipe, adapter)
-    family = family_of(type(pipe).__name__, path, family)
-    module, _, name = family.backbone.partition(":")
+    module, _, name = found.backbone.partition(":")
     kind: type[Backbone] = getattr(importlib.import_module(module), name)
-    return kind(pipe, family, torch.device(device), drawing)
+    return kind(pipe, found, torch.device(device), drawing)
 
 
 def load_config_backbone(config: Config, num_gpus: float) -> Backbone:
@@ -244,9 +297,20 @@ def load_config_backbone(config: Config, num_gpus: float) -> Backbone:
         unet=model.unet,
         unet_adapters=model.unet_adapters,
         single_file_config=model.single_file_config,
-        drawing=Drawing(d.height, d.width, d.clip_skip, d.negative_prompt),
+        drawing=Drawing(
+            d.height,
+            d.width,
+            d.clip_skip,
+            d.negative_prompt,
+            d.max_sequence_length,
+            model.park_encoders,
+            model.cached_prompts,
+        ),
         family=own_family(model.family),
+        left_out=model.leave_out,
     )
+    if backbone.family.process not in (None, d.process):
+        raise wrong_process(backbone.family, model.path, d.process)
     if model.compile:
         backbone.compile()
     return backbone

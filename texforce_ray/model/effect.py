@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from texforce_ray.artifacts.snapshot import UNET, Effect
+from texforce_ray.artifacts.snapshot import Effect
 from texforce_ray.model.adapter import ADAPTER, Adapter
 from texforce_ray.model.backbone import Backbone
 
@@ -41,7 +41,8 @@ class EffectProbe:
         if self._base is None:
             with adapter.disabled():
                 self._base = self._embedding()
-        denoiser = _layer_change(adapter.parts[UNET].module) if UNET in adapter.parts else 0.0
+        name = self.backbone.family.denoiser
+        denoiser = _layer_change(adapter.parts[name].module) if name in adapter.parts else 0.0
         return Effect(
             digest(adapter.parameters()),
             float(_relative(embedding, self._base)),
@@ -50,8 +51,10 @@ class EffectProbe:
         )
 
     def _embedding(self) -> Tensor:
-        """Of the probe prompt: float32 [L, D]."""
-        return self.backbone.encode(self._ids).hidden[0].float()
+        """Of the probe prompt, with the pooled one if there is one: float32 [N]."""
+        found = self.backbone.encode(self._ids)
+        parts = [t[0].float().reshape(-1) for t in (found.hidden, found.pooled) if t is not None]
+        return torch.cat(parts)
 
 
 def digest(parameters: list[nn.Parameter]) -> int:

@@ -58,7 +58,7 @@ def sample_flops(backbone: Backbone, steps: int, guidance_scale: float) -> int:
 
     Without the work per prompt: text encoder, cross-attention's keys and values.
     """
-    passes = steps * guided(guidance_scale)
+    passes = steps * backbone.passes(guidance_scale)
     x, timestep, given = _one(backbone)
     with torch.no_grad():
         prepared, rows = backbone.prepare(given), np.zeros(1, dtype=np.int64)
@@ -94,7 +94,7 @@ def pass_flops(backbone: Backbone, *, decoder: bool = False) -> PassFlops:
         rows = np.zeros(1, dtype=np.int64)
         forward = count_flops(lambda: backbone.predict_prepared(x, timestep, leaf, rows))
         out = backbone.predict_prepared(x, timestep, leaf, rows)
-        backward = count_flops(lambda: torch.autograd.grad(out.float().sum(), leaf.keys_values))
+        backward = count_flops(lambda: torch.autograd.grad(out.float().sum(), leaf.context))
         decoded = 0
         if decoder:
             x.requires_grad_()
@@ -104,12 +104,7 @@ def pass_flops(backbone: Backbone, *, decoder: bool = False) -> PassFlops:
 
 def pair_flops(backbone: Backbone, guidance_scale: float) -> int:
     """FLOPs of one (sample, timestep) pair of an update: the U-Net, forward and backward."""
-    return int(pass_flops(backbone).trained * guided(guidance_scale))
-
-
-def guided(guidance_scale: float) -> int:
-    """Passes through the denoiser at each step."""
-    return 2 if guidance_scale > 1 else 1
+    return int(pass_flops(backbone).trained * backbone.passes(guidance_scale))
 
 
 def _one(backbone: Backbone) -> tuple[torch.Tensor, torch.Tensor, Any]:

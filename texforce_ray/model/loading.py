@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,12 @@ import transformers
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
-    StableDiffusionPipeline,
+    DiffusionPipeline,
     UNet2DConditionModel,
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from texforce_ray.artifacts.families import Family, family_of
+from texforce_ray.artifacts.families import Family, family_in
 from texforce_ray.artifacts.inspection import check_pipeline, read_json
 from texforce_ray.errors import ConfigError
 
@@ -44,7 +46,8 @@ def load_pipeline(
     variant: str | None = None,
     single_file_config: str | None = None,
     own: Family | None = None,
-) -> Any:
+    left_out: Sequence[str] = (),
+) -> tuple[Any, Family]:
     """Load a pipeline, all of whose weights come from its files.
 
     Args:
@@ -55,19 +58,23 @@ def load_pipeline(
         variant: of the weight files.
         single_file_config: directory with configs and tokenizers for a single file.
         own: the user's own family, if any.
+        left_out: optional text encoders that are not loaded.
+
+    Returns:
+        The pipeline, and its family without the encoders that it lacks.
 
     Raises:
         ConfigError: unavailable, not understood, or incomplete.
     """
     if single_file_config is not None:
         config = Path(single_file_config).expanduser()
-        return _from_single_file(location, path, config, dtype, own)
+        return _from_single_file(location, path, config, dtype, own, left_out)
     folder = Path(location)
     if not folder.is_dir():
         folder = _downloaded(location, revision, variant)
-        check_pipeline(folder, path, variant, own=own)
+        check_pipeline(folder, path, variant, own=own, left_out=left_out)
     index = read_json(folder / "model_index.json", path)
-    family = family_of(index["_class_name"], path, own)
+    family = family_in(index, path, own, left_out)
     try:
         parts = {
             name: load_part(
@@ -76,7 +83,8 @@ def load_pipeline(
             for name in family.models
         }
         kind = getattr(diffusers, family.pipeline)
-        return kind.from_pretrained(folder, dtype=dtype, **_LEFT_OUT, **parts, **family.load)
+        given = {**_left_out(kind), **parts, **family.load}
+        return kind.from_pretrained(folder, dtype=dtype, **given), family
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ConfigError(f"model.path: cannot load {path!r}: {error}") from error
 
@@ -134,6 +142,11 @@ def _class_of(part: str, entry: list[str], path: str, family: Family) -> Any:
     return _CLASSES[name]
 
 
+def _left_out(pipeline: Any) -> dict[str, None]:
+    """The pipeline's parts that a prompt alone does not need."""
+    return {k: v for k, v in _LEFT_OUT.items() if k in signature(pipeline.__init__).parameters}
+
+
 def _downloaded(identifier: str, revision: str | None, variant: str | None) -> Path:
     """The cached folder of a hub id, downloaded if needed.
 
@@ -141,7 +154,7 @@ def _downloaded(identifier: str, revision: str | None, variant: str | None) -> P
         ConfigError: it cannot be downloaded.
     """
     try:
-        folder = StableDiffusionPipeline.download(
+        folder = DiffusionPipeline.download(
             identifier, revision=revision, variant=variant, safety_checker=None, **_LEFT_OUT
         )
     except Exception as error:  # the hub's client raises many kinds
@@ -157,14 +170,19 @@ def _downloaded(identifier: str, revision: str | None, variant: str | None) -> P
 
 
 def _from_single_file(
-    file: str, path: str, config: Path, dtype: torch.dtype, own: Family | None
-) -> Any:
+    file: str,
+    path: str,
+    config: Path,
+    dtype: torch.dtype,
+    own: Family | None,
+    left_out: Sequence[str],
+) -> tuple[Any, Family]:
     """Load another program's checkpoint with the configs and tokenizers of a local directory."""
     index = read_json(config / "model_index.json", str(config))
-    family = family_of(index.get("_class_name"), str(config), own)
-    options = {"local_files_only": True, **_LEFT_OUT, **family.load}
+    family = family_in(index, str(config), own, left_out)
     try:
         kind = getattr(diffusers, family.pipeline)
+        options = {"local_files_only": True, **_left_out(kind), **family.load}
         pipe = kind.from_single_file(file, config=str(config), dtype=dtype, **options)
     except Exception as error:  # diffusers' converters raise anything on files of other models
         lines = [line for line in str(error).splitlines() if line.strip()]
@@ -179,4 +197,4 @@ def _from_single_file(
                 f"model.path: {path} lacks weights of {name} that {config} "
                 f"(model.single_file_config) requires: {', '.join(unset[:3])}, ..."
             )
-    return pipe
+    return pipe, family

@@ -18,6 +18,7 @@ from texforce_ray.errors import ConfigError
 PREFIX = "text_model."
 A, B = ".lora_A.weight", ".lora_B.weight"
 PROJECTED = TEXT_ENCODERS[1]  # CLIPTextModelWithProjection
+_OF_CLIP = ("encoder.layers.", "embeddings.", "final_layer_norm", "text_projection")
 _SHOWN = 4
 
 
@@ -40,9 +41,16 @@ class Layer:
 Layers = dict[str, Layer]
 
 
+def of_clip(part: str, name: str) -> bool:
+    """Whether a layer or tensor is that of a CLIP text encoder, by its name."""
+    if part not in TEXT_ENCODERS:
+        return False
+    return name.removeprefix(PREFIX).startswith(_OF_CLIP)
+
+
 def canonical(part: str, name: str) -> str:
     """A layer's or tensor's name in transformers since 5.6."""
-    if part not in TEXT_ENCODERS:
+    if not of_clip(part, name):
         return name
     bare = name.removeprefix(PREFIX)
     return bare if part != PROJECTED or bare.startswith("text_projection") else PREFIX + bare
@@ -50,7 +58,7 @@ def canonical(part: str, name: str) -> str:
 
 def prefixed(part: str, name: str) -> str:
     """A layer's or tensor's name in files and in transformers before 5.6."""
-    if part not in TEXT_ENCODERS:
+    if not of_clip(part, name):
         return name
     bare = name.removeprefix(PREFIX)
     return bare if bare.startswith("text_projection") else PREFIX + bare

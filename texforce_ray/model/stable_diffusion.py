@@ -16,6 +16,7 @@ from texforce_ray.diffusion.process import Process
 from texforce_ray.model import attention
 from texforce_ray.model.backbone import Backbone
 from texforce_ray.model.conditioning import PLAIN, Conditioning, Drawing, Prepared
+from texforce_ray.model.padding import pad_batch
 
 
 class StableDiffusion(Backbone):
@@ -35,8 +36,9 @@ class StableDiffusion(Backbone):
             self.pipe.scheduler.config, clip_sample=False, thresholding=False
         )
 
-    def process(self, steps: int, eta: float) -> Process:
-        """DDIM on the model's noise schedule."""
+    def process(self, steps: int, eta: float, kernel: str = "cps") -> Process:
+        """DDIM on the model's noise schedule, whatever the `kernel`."""
+        del kernel
         return Ddim.of(self.scheduler, steps, eta).to(self.device)
 
     def _encode(self, ids: Sequence[Tensor], clip_skip: int | None) -> Conditioning:
@@ -68,13 +70,10 @@ class StableDiffusion(Backbone):
         self, x: Tensor, timesteps: Tensor, prepared: Prepared, rows: np.ndarray
     ) -> Tensor:
         """`predict`, where row b has prompt `rows[b]` (int64 [B]) of the prepared ones."""
-        pooled, time_ids, shared = prepared.pooled, prepared.time_ids, prepared.keys_values
+        pooled, time_ids, shared = prepared.pooled, prepared.time_ids, prepared.context
         folded, count = attention.group_rows(rows), len(rows)
         if self.compiled:
-            more = padded(count) - count  # masking leaves last batches of any size
-            x = torch.cat([x, x[-1:].expand(more, *x.shape[1:])])
-            timesteps = torch.cat([timesteps, timesteps[-1:].expand(more)])
-            rows = np.concatenate([rows, np.repeat(rows[-1:], more)])
+            x, timesteps, rows = pad_batch(x, timesteps, rows)
             # The number and order of prompts changes from batch to batch. Selecting them here
             # makes all shapes depend only on the batch size, so that nothing is recompiled.
             chosen = torch.from_numpy(rows).to(self.device)
@@ -145,9 +144,3 @@ class StableDiffusionXl(StableDiffusion):
         assert pooled is not None
         assert time_ids is not None
         return {"text_embeds": pooled, "time_ids": time_ids}
-
-
-def padded(count: int) -> int:
-    """A batch size rounded up for compiled networks: four sizes per octave, at most 1/4 more."""
-    step = max(1, 2 ** (count.bit_length() - 3))
-    return -(-count // step) * step

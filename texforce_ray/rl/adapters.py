@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from texforce_ray.artifacts.snapshot import PARTS, TEXT_ENCODERS, LoraShape
+from texforce_ray.artifacts.snapshot import TEXT_ENCODERS, LoraShape
 from texforce_ray.config import AdapterConfig, Config
 from texforce_ray.errors import ConfigError
 from texforce_ray.model.backbone import Backbone
@@ -12,9 +12,19 @@ from texforce_ray.model.backbone import Backbone
 
 def adapter_shapes(config: Config, backbone: Backbone) -> dict[str, LoraShape]:
     """Adapter shapes of the trained parts that the model has."""
-    parts, trained = backbone.parts(), _trained(config)
-    if config.lora.text_encoder_2 == "same" and TEXT_ENCODERS[1] not in parts:
-        trained.pop(TEXT_ENCODERS[1], None)
+    parts, trained = backbone.parts(), _trained(config, backbone)
+    first, second, *_ = TEXT_ENCODERS
+    if config.lora.text_encoder_2 == "same" and second in trained:
+        if second not in parts:
+            del trained[second]
+        elif (kinds := [backbone.family.encoders[name] for name in (first, second)])[1][:4] != (
+            kinds[0][:4]
+        ):
+            raise ConfigError(
+                f"lora.text_encoder_2: 'same', but text_encoder is a {kinds[0]} and text_encoder_2 "
+                f"a {kinds[1]}, with other layers; give it an adapter of its own, such as "
+                "{target_modules: [q, k, v, o]}, or null"
+            )
     if missing := [part for part in trained if part not in parts]:
         raise ConfigError(
             f"lora: the base model has no {missing[0]}; it has {', '.join(parts)}; leave the "
@@ -26,16 +36,17 @@ def adapter_shapes(config: Config, backbone: Backbone) -> dict[str, LoraShape]:
     }
 
 
-def _trained(config: Config) -> dict[str, AdapterConfig]:
+def _trained(config: Config, backbone: Backbone) -> dict[str, AdapterConfig]:
     """The configured adapters, by the pipeline's part names."""
     lora = config.lora
-    parts = zip(PARTS, (lora.text_encoder, lora.second, lora.denoiser), strict=True)
+    names = (*TEXT_ENCODERS, backbone.family.denoiser)
+    parts = zip(names, (lora.text_encoder, lora.second, lora.third, lora.denoiser), strict=True)
     return {part: adapter for part, adapter in parts if adapter is not None}
 
 
-def peak_rate(config: Config, part: str) -> float:
+def peak_rate(config: Config, backbone: Backbone, part: str) -> float:
     """A part's peak learning rate."""
-    return _trained(config)[part].lr or config.optimizer.lr
+    return _trained(config, backbone)[part].lr or config.optimizer.lr
 
 
 def learning_rate_factor(update: int, total: int, warmup_fraction: float, schedule: str) -> float:

@@ -21,7 +21,7 @@ from texforce_ray.diffusion.denoiser import draw_noise
 from texforce_ray.diffusion.process import Process
 from texforce_ray.diffusion.trajectory import Trajectory
 from texforce_ray.model.backbone import Backbone
-from texforce_ray.model.flops import PassFlops, guided
+from texforce_ray.model.flops import PassFlops
 from texforce_ray.rewards.differentiable import total_of
 from texforce_ray.rl.learner import Learner
 from texforce_ray.rl.precision import loss_scale
@@ -69,7 +69,7 @@ class DirectLearner(Learner):
 
     def update_flops(self, metrics: Mapping[str, float], cost: PassFlops) -> float:
         """Without the reward's."""
-        passes = metrics["direct/trained_pairs"] * guided(self.denoiser.guidance_scale)
+        passes = metrics["direct/trained_pairs"] * self.denoiser.passes
         return passes * cost.trained + metrics["direct/trained_images"] * cost.decoded
 
     def shard_gradient(
@@ -117,11 +117,11 @@ class DirectLearner(Learner):
             output = self._run(denoiser.output, step, x, prepared, prompt)
             return self.backbone.decode_pixels(process.x0(step, x, output))
         steps = len(process)
-        _, *noise = draw_noise(self.backbone, trajectory.seeds[rows], steps)
+        _, noise = draw_noise(self.backbone, trajectory.seeds[rows], process)
         for index in range(first, steps):
             step = torch.full((len(rows),), index, device=device)
             mean = self._run(denoiser.mean, step, x, prepared, prompt)
-            x = process.advance(step, mean, noise[index])
+            x = process.advance(step, mean, noise.get(index, torch.zeros_like(mean)))
         return self.backbone.decode_pixels(x)
 
     def _run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from texforce_ray import randomness
-from texforce_ray.artifacts.snapshot import UNET
+from texforce_ray.artifacts.snapshot import DENOISERS
 from texforce_ray.config import Config, CustomObjective
 from texforce_ray.config.learning import ForwardObjective
 from texforce_ray.diffusion.process import Process
@@ -82,8 +82,7 @@ class ForwardLearner(Learner):
         self.levels = min(common.levels, len(self.process))
         self.anchor_weight = common.anchor_weight
         self.embedding_weight = common.embedding_anchor_weight
-        plain = replace(self.denoiser, guidance_scale=1.0)
-        self.likelihood = Likelihood(plain, config.learner.microbatch_size)
+        self.likelihood = Likelihood(self.denoiser.unguided(), config.learner.microbatch_size)
 
     @staticmethod
     def kept_latents(
@@ -252,7 +251,7 @@ def _common(config: Config, trained: Collection[str]) -> ForwardObjective:
     except ValidationError as error:
         problem = error.errors()[0]
         raise ConfigError(f"objective.kwargs.{problem['loc'][0]}: {problem['msg']}") from None
-    if common.embedding_anchor_weight and not set(trained) - {UNET}:
+    if common.embedding_anchor_weight and not set(trained) - set(DENOISERS):
         raise ConfigError(
             "objective.kwargs.embedding_anchor_weight: no text encoder is trained, so embeddings "
             "never change; set it to 0, or use anchor_weight"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from texforce_ray.artifacts.snapshot import PolicySnapshot
 from texforce_ray.config import Config
 from texforce_ray.diffusion.denoiser import Denoiser
 from texforce_ray.diffusion.process import Process
+from texforce_ray.diffusion.window import process_at
 from texforce_ray.errors import ConfigError, NumericsError
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.backbone import Backbone
@@ -36,9 +38,10 @@ class Learner(ExactState, Sharding):
         self.backbone, self.config = backbone, config
         self.group: SoloGroup = SoloGroup()
         d = config.diffusion
-        self.denoiser = Denoiser(backbone, backbone.process(d.steps, d.eta), d.guidance_scale)
-        self.process = self.denoiser.process
-        if self.needs_likelihood and not self.process.trainable:
+        process = backbone.process(d.steps, d.eta, d.kernel)
+        self._denoiser = Denoiser(backbone, process, d.guidance_scale)
+        self._process_at: dict[int, Process] = {}
+        if self.needs_likelihood and not process.trainable:
             if not d.eta:
                 raise ConfigError("diffusion.eta: 0 samples without noise: there is no likelihood")
             raise ConfigError(
@@ -50,7 +53,7 @@ class Learner(ExactState, Sharding):
         o = config.optimizer
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": part.parameters(), "peak": peak_rate(config, name)}
+                {"params": part.parameters(), "peak": peak_rate(config, backbone, name)}
                 for name, part in self.adapter.parts.items()
             ],
             lr=o.lr,
@@ -66,6 +69,19 @@ class Learner(ExactState, Sharding):
         # Extra factor of the loss in the backward pass; only the gradient check changes it.
         self.scale_factor = 1.0
         self.checked = False  # whether the gradient check is done or not wanted
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The policy at one step of the current iteration's process."""
+        return replace(self._denoiser, process=self.process)
+
+    @property
+    def process(self) -> Process:
+        """The process that sampled the current iteration."""
+        if self.version not in self._process_at:
+            process = process_at(self.config, self._denoiser.process, self.version)
+            self._process_at = {self.version: process}
+        return self._process_at[self.version]
 
     # ---- what an objective defines --------------------------------------------------------
 

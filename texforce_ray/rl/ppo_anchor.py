@@ -54,8 +54,8 @@ def sampled_means(likelihood: Likelihood, trajectory: Trajectory, part: Pairs) -
     """
     denoiser, process = likelihood.denoiser, likelihood.denoiser.process
     rows, local = np.unique(part.sample, return_inverse=True)
-    _, *drawn = draw_noise(denoiser.backbone, trajectory.seeds[rows], len(process))
-    noise = torch.stack(drawn)[torch.from_numpy(part.step), torch.from_numpy(local)]
+    _, drawn = draw_noise(denoiser.backbone, trajectory.seeds[rows], process)
+    noise = torch.stack([drawn[step][i] for step, i in zip(part.step.tolist(), local, strict=True)])
     step = torch.from_numpy(part.step).to(denoiser.device)
     following = likelihood.latents(trajectory, part.sample, part.step + 1).float()
     return following - per_sample(process.sigma, step, following) * noise

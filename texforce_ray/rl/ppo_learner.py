@@ -18,7 +18,7 @@ from texforce_ray.diffusion.trajectory import Trajectory
 from texforce_ray.errors import NumericsError
 from texforce_ray.model.backbone import Backbone
 from texforce_ray.model.conditioning import Prepared
-from texforce_ray.model.flops import PassFlops, guided
+from texforce_ray.model.flops import PassFlops
 from texforce_ray.rl import ppo
 from texforce_ray.rl.learner import Learner
 from texforce_ray.rl.likelihood import Likelihood, Pairs
@@ -40,8 +40,17 @@ class PpoLearner(Learner):
         super().__init__(backbone, config)
         if config.learner.gradient_checkpointing:
             backbone.denoiser.enable_gradient_checkpointing()
-        self.likelihood = Likelihood(self.denoiser, config.learner.microbatch_size)
-        self.level = level_weights(config.ppo, self.process, candidate_steps(config, self.process))
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """Of the current iteration's steps."""
+        return Likelihood(self.denoiser, self.config.learner.microbatch_size)
+
+    @property
+    def level(self) -> Tensor | None:
+        """Each step's weight in the loss, [T]; None: all are equal."""
+        candidates = candidate_steps(self.config, self.process)
+        return level_weights(self.config.ppo, self.process, candidates)
 
     @staticmethod
     def kept_latents(
@@ -105,7 +114,7 @@ class PpoLearner(Learner):
         }
 
     def update_flops(self, metrics: Mapping[str, float], cost: PassFlops) -> float:
-        passes = metrics["ppo/trained_pairs"] * guided(self.denoiser.guidance_scale)
+        passes = metrics["ppo/trained_pairs"] * self.denoiser.passes
         # Without gradient: the base policy's mean and, once an iteration, the proximal policy's.
         extra = float(bool(self.config.ppo.kl_weight))
         extra += self.config.uses_decoupled / self.config.update.epochs
@@ -273,8 +282,8 @@ class PpoLearner(Learner):
         weight = (
             anchor.weight[part.sample, part.step].to(device) if self.config.uses_decoupled else None
         )
-        if self.level is not None:
-            weight = self.level[step] * (1.0 if weight is None else weight)
+        if (level := self.level) is not None:
+            weight = level[step] * (1.0 if weight is None else weight)
         divergence = None
         if objective.needs_means:
             old = anchor.mean(self.likelihood, batch.trajectory, part)

@@ -41,6 +41,7 @@ def sampling(backbone: Backbone, config: Config) -> Work:
         steps=min(_STEPS, d.steps),
         eta=d.eta,
         guidance_scale=largest,
+        kernel=d.kernel,
         storage_dtype=d.storage_dtype,
         decode_batch_size=config.rollout.decode_batch_size,
     )

@@ -8,6 +8,7 @@ adapter: the same gradient as plain autograd's, with T - 1 fewer encoder passes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ def _cut(conditioning: Conditioning) -> tuple[Conditioning, list[Tensor]]:
     hidden, pooled = leaf(conditioning.hidden), leaf(conditioning.pooled)
     assert hidden is not None
     tensors = [t for t in (conditioning.hidden, conditioning.pooled) if t is not None]
-    cut = Conditioning(hidden, pooled, conditioning.time_ids)
+    cut = replace(conditioning, hidden=hidden, pooled=pooled)
     return cut, [t for t in tensors if t.requires_grad]
 
 

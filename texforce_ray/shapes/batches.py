@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from texforce_ray.shapes import data
 
@@ -55,11 +55,51 @@ class Pictures(Dataset[Tensor]):
         return pixels.contiguous()
 
 
-class NoisyLatents(Dataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
+class Captioned(Dataset[Any]):
+    """Latents and a caption of each: what the batches of both kinds of denoiser have in common.
+
+    `mean` and `std` (float32 [N, 4, 8, 8], scaled) are the VAE's posterior of each drawing.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        batch: int,
+        steps: int,
+        latents: tuple[Tensor, Tensor],
+        *,
+        careful: float,
+        caption_dropout: float,
+    ):
+        self.seed, self.batch, self.steps = seed, batch, steps
+        self.mean, self.std = latents
+        self.careful, self.caption_dropout = careful, caption_dropout
+        self.captioners = [data.draw(2 * seed, i).caption for i in range(len(self.mean))]
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def drawn(self, step: int) -> tuple[list[str], Tensor, Tensor, torch.Generator]:
+        """Captions, latents and unit noise of a step, and the generator for what else it draws."""
+        rng = np.random.default_rng([self.seed, 1, step])
+        torch_rng = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        chosen = rng.integers(len(self.mean), size=self.batch)
+        captions = [
+            ""
+            if rng.random() < self.caption_dropout
+            else self.captioners[i](rng, bool(rng.random() < self.careful))
+            for i in chosen
+        ]
+        rows = torch.from_numpy(chosen)
+        mean, std = self.mean[rows], self.std[rows]
+        x = mean + std * torch.randn(mean.shape, generator=torch_rng)
+        return captions, x, torch.randn(x.shape, generator=torch_rng), torch_rng
+
+
+class NoisyLatents(Captioned):
     """Batches for noise prediction: token ids [B, L], noisy latents, timesteps [B], the noise.
 
-    `mean` and `std` (float32 [N, 4, 8, 8], scaled) are the VAE's posterior of each drawing,
-    `alphas` [T] the schedule's cumulative products, and `levels` [T] how often a timestep is
+    `alphas` [T] are the schedule's cumulative products, `levels` [T] how often a timestep is
     trained.
     """
 
@@ -76,34 +116,57 @@ class NoisyLatents(Dataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
         careful: float,
         caption_dropout: float,
     ):
-        self.seed, self.batch, self.steps = seed, batch, steps
-        self.mean, self.std = latents
-        self.alphas, self.levels = alphas, levels
-        self.careful, self.caption_dropout = careful, caption_dropout
-        self.captioners = [data.draw(2 * seed, i).caption for i in range(len(self.mean))]
-        # There are only a few thousand captions; tokenizing one takes a millisecond.
-        self.ids = lru_cache(maxsize=None)(
-            lambda text: tokenizer(text, padding="max_length", truncation=True).input_ids
+        super().__init__(
+            seed, batch, steps, latents, careful=careful, caption_dropout=caption_dropout
         )
-
-    def __len__(self) -> int:
-        return self.steps
+        self.alphas, self.levels = alphas, levels
+        self.ids = _remembered(tokenizer)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rng = np.random.default_rng([self.seed, 1, step])
-        torch_rng = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        chosen = rng.integers(len(self.mean), size=self.batch)
-        captions = [
-            ""
-            if rng.random() < self.caption_dropout
-            else self.captioners[i](rng, bool(rng.random() < self.careful))
-            for i in chosen
-        ]
+        captions, x, noise, torch_rng = self.drawn(step)
         ids = torch.tensor([self.ids(caption) for caption in captions])
-        rows = torch.from_numpy(chosen)
-        mean, std = self.mean[rows], self.std[rows]
-        x = mean + std * torch.randn(mean.shape, generator=torch_rng)
-        noise = torch.randn(x.shape, generator=torch_rng)
         t = torch.multinomial(self.levels, self.batch, replacement=True, generator=torch_rng)
         alpha = self.alphas[t][:, None, None, None]
         return ids, alpha.sqrt() * x + (1 - alpha).sqrt() * noise, t, noise
+
+
+class FlowLatents(Captioned):
+    """Batches for velocity prediction: ids for CLIP and T5, noisy latents, timesteps, velocity.
+
+    Noise levels are logit-normal, as Stable Diffusion 3's (Esser et al. 2024, section 3.1), and
+    shifted towards noise like its schedule.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        batch: int,
+        steps: int,
+        latents: tuple[Tensor, Tensor],
+        shift: float,
+        tokenizers: tuple[CLIPTokenizer, T5Tokenizer],
+        *,
+        careful: float,
+        caption_dropout: float,
+    ):
+        super().__init__(
+            seed, batch, steps, latents, careful=careful, caption_dropout=caption_dropout
+        )
+        self.shift = shift
+        self.ids, self.t5_ids = map(_remembered, tokenizers)
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        captions, x, noise, torch_rng = self.drawn(step)
+        ids = torch.tensor([self.ids(caption) for caption in captions])
+        t5_ids = torch.tensor([self.t5_ids(caption) for caption in captions])
+        level = torch.randn(self.batch, generator=torch_rng).sigmoid()
+        level = self.shift * level / (1 + (self.shift - 1) * level)
+        sigma = level[:, None, None, None]
+        return ids, t5_ids, (1 - sigma) * x + sigma * noise, 1000 * level, noise - x
+
+
+def _remembered(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Ids of a caption: there are only a few thousand, and tokenizing one takes a millisecond."""
+    return lru_cache(maxsize=None)(
+        lambda text: tokenizer(text, padding="max_length", truncation=True).input_ids
+    )

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -39,56 +36,19 @@ from texforce_ray.shapes.older_versions import name_as_older_versions_do, write_
 from texforce_ray.shapes.recipe import Recipe
 from texforce_ray.shapes.stages import Stage, laid_out_as
 from texforce_ray.shapes.tokenizer import build_tokenizer
-
-_SHOW_EVERY = 20  # steps
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _mixed_precision(device: torch.device) -> torch.autocast:
-    """bfloat16 where it does no harm: weights and optimizer stay in float32."""
-    return torch.autocast(device.type, torch.bfloat16)
-
-
-def _cosine(step: int, steps: int, warmup: int) -> float:
-    """Learning-rate factor: linear warm-up, then cosine to one percent."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return 0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * progress))
-
-
-def _steps(
-    stage: Stage, start: int, dataset: Dataset[Any], save_every: int, title: str
-) -> Iterator[tuple[int, Any, tqdm]]:
-    """`(step, its batch, the progress bar)`; the stage is saved in between and at the end."""
-    steps = range(start, len(dataset))  # type: ignore[arg-type]
-    batches = in_order(dataset, steps)
-    with tqdm(initial=start, total=start + len(steps), desc=title, mininterval=5) as bar:
-        for step, batch in zip(steps, batches, strict=True):
-            yield step, batch, bar
-            bar.update()
-            if (step + 1) % save_every == 0 or step + 1 == steps.stop:
-                stage.save(step + 1)
-
-
-def _update(
-    optimizer: torch.optim.AdamW, parameters: list[nn.Parameter], loss: Tensor, lr: float
-) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    loss.backward()
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    optimizer.zero_grad()  # before the next forward pass, which overwrites a CUDA graph's gradients
-
+from texforce_ray.shapes.training import (
+    SHOW_EVERY,
+    cosine,
+    device_of,
+    mixed_precision,
+    steps_of,
+    update,
+)
 
 def train_vae(recipe: Recipe, work: Path) -> AutoencoderKL:
     """Stage 1: reconstruct drawings; a light KL keeps the latents near a unit Gaussian."""
     torch.manual_seed(recipe.seed)
-    device = _device()
+    device = device_of()
     vae = build_vae().to(device)
     parameters = list(vae.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
@@ -97,9 +57,9 @@ def train_vae(recipe: Recipe, work: Path) -> AutoencoderKL:
     # Drawings of this stage have a seed of their own (an odd one), never the U-Net's.
     total = recipe.vae_steps * recipe.vae_batch
     pictures = Pictures(2 * recipe.seed + 1, recipe.vae_batch, total, data.VAE_KIND_WEIGHTS)
-    for step, batch, bar in _steps(stage, start, pictures, recipe.save_every, "VAE"):
+    for step, batch, bar in steps_of(stage, start, pictures, recipe.save_every, "VAE"):
         x = batch.to(device)
-        with _mixed_precision(device):
+        with mixed_precision(device):
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(
                 posterior.mean.shape, generator=torch.Generator().manual_seed(recipe.seed + step)
@@ -111,9 +71,9 @@ def train_vae(recipe: Recipe, work: Path) -> AutoencoderKL:
         )
         error = (output - x).abs().mean() + 2 * (output - x).square().mean()
         loss = error + edges + recipe.kl_weight * posterior.kl().mean()
-        lr = recipe.vae_lr * _cosine(step, recipe.vae_steps, 50)
-        _update(optimizer, parameters, loss, lr)
-        if step % _SHOW_EVERY == 0:  # reading the loss waits for the GPU
+        lr = recipe.vae_lr * cosine(step, recipe.vae_steps, 50)
+        update(optimizer, parameters, loss, lr)
+        if step % SHOW_EVERY == 0:  # reading the loss waits for the GPU
             bar.set_postfix(l1=f"{(output - x).abs().mean().item():.4f}", refresh=False)
     return vae.eval()
 
@@ -168,7 +128,7 @@ def train_unet(
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """Noise prediction with captions in two registers; U-Net and encoder with EMA weights."""
     torch.manual_seed(recipe.seed + 1)
-    device = _device()
+    device = device_of()
     unet = build_unet().to(device, memory_format=torch.channels_last).train()
     text_encoder = build_text_encoder(tokenizer).to(device).train()
     if device.type == "cpu":  # in bfloat16, fused attention's backward pass takes half of a step
@@ -200,15 +160,15 @@ def train_unet(
         careful=recipe.careful,
         caption_dropout=recipe.caption_dropout,
     )
-    for step, batch, bar in _steps(stage, start, batches, recipe.save_every, "U-Net"):
+    for step, batch, bar in steps_of(stage, start, batches, recipe.save_every, "U-Net"):
         ids, noisy, t, noise = (tensor.to(device, non_blocking=True) for tensor in batch)
-        with _mixed_precision(device):
+        with mixed_precision(device):
             output = predict(ids, noisy.contiguous(memory_format=torch.channels_last), t)
         loss = (output.float() - noise).square().mean()
-        _update(optimizer, parameters, loss, recipe.lr * _cosine(step, recipe.steps, recipe.warmup))
+        update(optimizer, parameters, loss, recipe.lr * cosine(step, recipe.steps, recipe.warmup))
         averages.step(parameters)
         stage.extra = {f"ema.{i}": p for i, p in enumerate(averages.shadow_params)}
-        if step % _SHOW_EVERY == 0:
+        if step % SHOW_EVERY == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     averages.copy_to(parameters)
     return unet.eval(), text_encoder.eval()
@@ -252,7 +212,7 @@ def export(
 def pretrain(recipe: Recipe, out: Path, work: Path, *, compiled: bool = False) -> None:
     """Train a pipeline from scratch into `out`; `work` keeps the state for resuming."""
     work.mkdir(parents=True, exist_ok=True)
-    _check_recipe(recipe, work / "recipe.json")
+    check_recipe(recipe, work / "recipe.json")
     tokenizer = build_tokenizer(vocabulary())
     vae = train_vae(recipe, work)
     mean, std = encode_drawings(recipe, vae, work)
@@ -262,7 +222,7 @@ def pretrain(recipe: Recipe, out: Path, work: Path, *, compiled: bool = False) -
     export(out, vae, unet, text_encoder, tokenizer, scaling, recipe)
 
 
-def _check_recipe(recipe: Recipe, path: Path) -> None:
+def check_recipe(recipe: Recipe, path: Path) -> None:
     """Raise ConfigError if a training is resumed with another recipe."""
     if not path.exists():
         path.write_text(json.dumps(asdict(recipe)))

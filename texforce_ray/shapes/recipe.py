@@ -7,8 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every choice that shapes the pre-trained weights."""
+    """Every choice that shapes the pre-trained weights.
 
+    family: 'ddim' or 'flow'; a flow pipeline takes the VAE and the first text encoder of the
+    embedded DDIM pipeline. shift: towards noise, of a flow's training levels.
+    """
+
+    family: str = "ddim"
     seed: int = 0
     vae_steps: int = 3000
     vae_batch: int = 32
@@ -23,4 +28,18 @@ class Recipe:
     careful: float = 0.5
     caption_dropout: float = 0.1
     most_weight: float = 20.0
+    shift: float = 1.5
     save_every: int = 1000
+
+
+RECIPES = {
+    "ddim": Recipe(),
+    "flow": Recipe(
+        family="flow",
+        drawings=64_000,
+        steps=24_000,
+        batch=128,
+        lr=1e-3,
+        save_every=250,
+    ),
+}
