@@ -112,7 +112,9 @@ class OneProcess:
         config = self.config
         chosen = prompts_of_iteration(list(prompts), config.eval.seed, 0, count)
         seeds = randomness.noise_seeds(config.eval.seed, 0, count, randomness.EVALUATION)
-        sampler = self.sampler.drawing(config.evaluation_guidance, config.evaluation_eta)
+        sampler = self.sampler.drawing(
+            config.evaluation_guidance, config.evaluation_eta, config.evaluation_steps
+        )
         learned = self.learner.learned()
         evaluated = learned.snapshot if learned.average is None else learned.average
         self.learner.adapter.load_weights(evaluated.adapters)

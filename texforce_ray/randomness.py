@@ -37,6 +37,13 @@ def minibatches(
     ]
 
 
+def window(seed: int, iteration: int, size: int, within: tuple[int, int]) -> list[int]:
+    """`size` adjacent steps between the first and the end of `within`, drawn once an iteration."""
+    first, end = within
+    start = first + int(generator(seed, WINDOW, iteration).integers(end - first - size + 1))
+    return list(range(start, start + size))
+
+
 def trained_steps(
     seed: int, iteration: int, count: int, steps: list[int], chosen: int
 ) -> np.ndarray:

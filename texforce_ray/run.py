@@ -187,9 +187,29 @@ def _dry_run(config: Config) -> None:
         f"{config.minibatch_size} samples{_pairs(config)}"
     )
     print(f"  evaluation on {len(prompts.evaluation)} prompts; staleness {config.max_staleness}")
-    for line in explain(config):
+    for line in [*explain(config), *_sensitivity(config)]:
         print(f"  {line}")
     print(f"  results go to {config.run_dir}")
+
+
+def _sensitivity(config: Config) -> list[str]:
+    """How steep the likelihood of each step is, if the objective has one.
+
+    Raises:
+        ConfigError: it would train on steps whose gradient is noise.
+    """
+    if config.objective.kind != "ppo":
+        return []
+    from texforce_ray.diffusion.sensitivity import check_trained, table
+    from texforce_ray.model.schedule import planned_process
+    from texforce_ray.rl.ppo_learner import candidate_steps
+
+    process = planned_process(config)
+    if process is None:
+        return ["sensitivity of each step's likelihood: unknown before the model is loaded"]
+    trained = candidate_steps(config, process).tolist()
+    check_trained(process, trained)
+    return table(process, trained)
 
 
 def _units(config: Config) -> str:

@@ -114,7 +114,10 @@ class RolloutActor:
     ) -> tuple[SampleInfo, ImagePayload]:
         """Generate only images, for evaluation; without a policy, those of the base model."""
         start = time.perf_counter()
-        sampler = self.sampler.drawing(guidance_scale, self.config.evaluation_eta)
+        config = self.config
+        sampler = self.sampler.drawing(
+            guidance_scale, config.evaluation_eta, config.evaluation_steps
+        )
         with self._policy(policy):
             _, images = sampler.sample(prompts, seeds, policy_version=0)
         return SampleInfo(time.perf_counter() - start, Looks.of(images)), pack_images(images)

@@ -216,6 +216,13 @@ class DiffusionConfig(Section):
         "null: the empty prompt",
     )
 
+    @property
+    def window_range(self) -> tuple[int, int]:
+        """First step and end of the range that windows are drawn from: all steps without one."""
+        if self.window is None:
+            return 0, self.steps
+        return self.window.within or (0, max(self.window.size, self.steps // 2))
+
     @model_validator(mode="before")
     @classmethod
     def _kernels_own_eta(cls, values: Any) -> Any:
@@ -235,7 +242,7 @@ class DiffusionConfig(Section):
             raise ValueError(f"eta: {self.eta:g} with kernel 'ode', which adds no noise; use 0")
         if self.window is None:
             return self
-        first, end = self.window.within or (0, max(self.window.size, self.steps // 2))
+        first, end = self.window_range
         if not 0 <= first <= end - self.window.size or end > self.steps:
             raise ValueError(
                 f"window: {self.window.size} steps within [{first}, {end}] of {self.steps}; they "

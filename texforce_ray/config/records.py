@@ -33,6 +33,9 @@ class EvalConfig(Section):
         le=1,
         description="eta of evaluations; 0: as in stock pipelines; null: diffusion.eta",
     )
+    steps: int | None = Field(
+        None, ge=1, le=500, description="denoising steps of evaluations; null: diffusion.steps"
+    )
     guidance_curve: list[Annotated[float, Field(ge=0)]] = Field(
         default_factory=list,
         description="guidance scales at which the final comparison runs too, e.g. [1, 2, 3, 5]",

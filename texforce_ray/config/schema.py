@@ -89,6 +89,10 @@ class Config(Section):
         return self.diffusion.eta if self.eval.eta is None else self.eval.eta
 
     @property
+    def evaluation_steps(self) -> int:
+        return self.eval.steps or self.diffusion.steps
+
+    @property
     def total_updates(self) -> int:
         return self.iterations * self.updates_per_iteration
 

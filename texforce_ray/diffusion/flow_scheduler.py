@@ -69,8 +69,16 @@ class SeededFlowScheduler(FlowMatchEulerDiscreteScheduler):
         self._generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
         return list(self._generators)
 
-    def set_timesteps(self, *arguments: Any, **options: Any) -> None:
-        super().set_timesteps(*arguments, **options)
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """As the base class; pipelines look for these names."""
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         flow = Flow.of(self.timesteps.cpu(), self.sigmas.cpu(), self.kernel, self.eta)
         self._flow = flow if self.window is None else flow.windowed(self.window)
 

@@ -23,10 +23,7 @@ def window_steps(config: Config, iteration: int) -> list[int] | None:
     One for all samples of an iteration: with one for each request, advantages would compare
     samples of different noise.
     """
-    window = config.diffusion.window
-    if window is None:
+    d = config.diffusion
+    if d.window is None:
         return None
-    first, end = window.within or (0, max(window.size, config.diffusion.steps // 2))
-    rng = randomness.generator(config.seed, randomness.WINDOW, iteration)
-    start = first + int(rng.integers(end - first - window.size + 1))
-    return list(range(start, start + window.size))
+    return randomness.window(config.seed, iteration, d.window.size, d.window_range)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from texforce_ray import randomness
 from texforce_ray.actors.messages import Updated
 from texforce_ray.artifacts.snapshot import LoraShape
 from texforce_ray.config import Config
@@ -96,6 +97,11 @@ class Recorder:
             "seed": batch.seeds,
             "policy_version": np.full(len(batch.seeds), batch.policy_version),
         }
+        if (window := self.config.diffusion.window) is not None:
+            steps = randomness.window(
+                self.config.seed, batch.iteration, window.size, self.config.diffusion.window_range
+            )
+            columns["window"] = np.tile(steps, (len(batch.prompts), 1))
         columns |= dict(zip([f"reward_{n}" for n in self.names], batch.rewards.T, strict=True))
         columns |= {
             "total": training.total,

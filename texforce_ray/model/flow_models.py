@@ -54,7 +54,8 @@ class FlowTransformer(Backbone):
     def process(self, steps: int, eta: float, kernel: str = "cps") -> Process:
         """The flow on the scheduler's own noise levels, shifted as in the stock pipeline."""
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipe.scheduler.config)
-        set_levels(scheduler, steps, self.latent_shape, self.max_shift, given=self.gives_levels)
+        sides = self.latent_shape[1:]
+        set_levels(scheduler, steps, sides, self.max_shift, given=self.gives_levels)
         return Flow.of(scheduler.timesteps, scheduler.sigmas, kernel, eta).to(self.device)
 
     @abstractmethod
@@ -244,16 +245,17 @@ class ZImage(FlowTransformer):
 def set_levels(
     scheduler: FlowMatchEulerDiscreteScheduler,
     steps: int,
-    latent_shape: tuple[int, int, int],
+    sides: tuple[int, int],
     max_shift: float,
     *,
     given: bool,
 ) -> None:
     """Set a scheduler's timesteps as its stock pipeline does: shifted by the image's size or not.
 
-    `given`: the pipeline passes levels from 1 to 1 / steps, instead of the scheduler's own.
+    `sides`: height and width in latents. `given`: the pipeline passes levels from 1 to 1 / steps,
+    instead of the scheduler's own.
     """
-    _, height, width = latent_shape
+    height, width = sides
     get = scheduler.config.get
     base, most = get("base_image_seq_len", 256), get("max_image_seq_len", 4096)
     low, high = get("base_shift", 0.5), get("max_shift", max_shift)

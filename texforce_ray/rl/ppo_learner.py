@@ -14,6 +14,7 @@ from texforce_ray import randomness
 from texforce_ray.artifacts.snapshot import PolicySnapshot
 from texforce_ray.config import Config
 from texforce_ray.diffusion.process import Process
+from texforce_ray.diffusion.sensitivity import check_trained
 from texforce_ray.diffusion.trajectory import Trajectory
 from texforce_ray.errors import NumericsError
 from texforce_ray.model.backbone import Backbone
@@ -38,6 +39,8 @@ class PpoLearner(Learner):
 
     def __init__(self, backbone: Backbone, config: Config) -> None:
         super().__init__(backbone, config)
+        whole = self._denoiser.process
+        check_trained(whole, candidate_steps(config, whole).tolist())
         if config.learner.gradient_checkpointing:
             backbone.denoiser.enable_gradient_checkpointing()
 
@@ -309,6 +312,9 @@ def trained_steps(config: Config, process: Process, iteration: int, count: int) 
 def candidate_steps(config: Config, process: Process) -> np.ndarray:
     """The steps that PPO may train on: int64."""
     steps = process.trainable
+    if config.diffusion.window is not None:
+        first, end = config.diffusion.window_range
+        return np.asarray([i for i in steps if first <= i < end], dtype=np.int64)
     if config.ppo.timestep_choice == "first":
         steps = steps[: config.trained_timesteps]
     return np.asarray(steps, dtype=np.int64)
