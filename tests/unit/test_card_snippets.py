@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from tests.flow_miniatures import MINIATURES, build
+from texforce_ray.artifacts.location import DIFFUSERS_FILE
+from texforce_ray.artifacts.lora_header import parts_apart
+from texforce_ray.artifacts.snapshot import LoraShape
 from texforce_ray.config.io import make_config
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.adapter_files import export_adapter
-from texforce_ray.model.backbone import load_backbone
+from texforce_ray.model.backbone import load_backbone, load_config_backbone
 from texforce_ray.records.model_card import card_info, model_card
 from texforce_ray.rl.adapters import adapter_shapes
 
@@ -78,10 +82,49 @@ def test_both_snippets_draw_the_policy_s_image(
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     names = tuple(str(path.relative_to(tmp_path)) for path in files)
     card = model_card(card_info(config, snapshot.shapes, {}, names))
-    (tmp_path / "README.md").write_text(card)
+    drawn = _check_card(card, tmp_path, monkeypatch)
+    assert drawn.shape == ((32, 64, 3) if drawing else (64, 64, 3))
+
+
+def _check_card(card: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """Both snippets draw the same image, which is not the base's; returns that one."""
+    (folder / "README.md").write_text(card)
     diffusers, peft = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    plain = diffusers.replace("pipe.load_lora_weights(adapter)\n", "")
-    drawn = [_drawn(code, tmp_path, monkeypatch) for code in (plain, diffusers, peft)]
-    assert drawn[0].shape == ((32, 64, 3) if drawing else (64, 64, 3))
+    plain = re.sub(r"^pipe\.(load_lora_weights|text_encoder\w* = Peft).*\n", "", diffusers, flags=re.M)
+    drawn = [_drawn(code, folder, monkeypatch) for code in (plain, diffusers, peft)]
     assert np.abs(drawn[1] - drawn[0]).max() > 0.02, "the adapter changes the image"
     np.testing.assert_allclose(drawn[1], drawn[2], atol=1e-3)
+    return drawn[0]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["sd3", "sd3_no_t5", "flux_dev", "z_image"])
+def test_snippets_of_flow_models_load_what_diffusers_cannot(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mini, base = MINIATURES[name], tmp_path / "pipeline"
+    with torch.random.fork_rng(devices=[]):
+        build(base, name)
+    config = make_config(
+        {
+            "model": {"path": str(base)},
+            "diffusion": {"process": "flow", "height": 64, "width": 64, "kernel": "cps",
+                          "max_sequence_length": mini.length, "window": {}},
+        }
+    )  # fmt: skip
+    backbone = load_config_backbone(config, 0)
+    named = {k.replace("denoiser", "transformer"): tuple(v) for k, v in mini.lora.items()}
+    shapes = {part: LoraShape(2, 4.0, modules) for part, modules in named.items()}
+    adapter = Adapter(backbone, shapes, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in adapter.parameters():
+        parameter.data = 0.4 * torch.randn(parameter.shape, generator=generator)
+    export_adapter(adapter.snapshot(1), tmp_path, str(base), kohya=False)
+    files = {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()}
+    names = tuple(file for file in files if not file.startswith("pipeline/"))
+    apart = parts_apart(shapes, (tmp_path / DIFFUSERS_FILE).read_bytes())
+    assert set(apart) == set(shapes) - set(mini.loadable)
+    card = model_card(card_info(config, shapes, {}, names, apart))
+    assert "- flow-matching" in card
+    assert "3 of steps" in card
+    _check_card(card, tmp_path, monkeypatch)

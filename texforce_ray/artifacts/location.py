@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from texforce_ray.artifacts.families import Family
+from texforce_ray.artifacts.families import FAMILIES, Family
 from texforce_ray.artifacts.inspection import check_pipeline
 from texforce_ray.artifacts.snapshot import PARTS
 from texforce_ray.errors import ConfigError
@@ -187,6 +187,27 @@ def _recorded_base(folder: Path) -> str | None:
 def recorded_name(base: str) -> str:
     """The base that an adapter records: for 'embedded', the version of its weights."""
     return EMBEDDED_BASES.get(same_base(base), base)
+
+
+def pipeline_class(folder: Path) -> str:
+    """The class named in a pipeline's directory; Stable Diffusion's if it names none."""
+    return str(_index(folder).get("_class_name", "StableDiffusionPipeline"))
+
+
+def absent_encoders(base: str, left_out: Sequence[str] = ()) -> tuple[str, ...]:
+    """Optional text encoders that a pipeline lacks, or that are left out; of a local one."""
+    index = _index(EMBEDDED_MODELS.get(base) or Path(base))
+    family = FAMILIES.get(str(index.get("_class_name")))
+    optional = () if family is None else family.optional
+    return tuple(name for name in optional if name in left_out or not any(index.get(name) or ()))
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    try:
+        found = from_json((folder.expanduser() / "model_index.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def layers_per_block(base: str) -> int:

@@ -16,6 +16,8 @@ import numpy as np
 
 from texforce_ray import randomness
 from texforce_ray.actors.messages import Updated
+from texforce_ray.artifacts.location import DIFFUSERS_FILE
+from texforce_ray.artifacts.lora_header import parts_apart
 from texforce_ray.artifacts.snapshot import LoraShape
 from texforce_ray.config import Config
 from texforce_ray.crew.crew import Crew
@@ -244,7 +246,13 @@ class Recorder:
         scores = comparison.rewards
         self.directory.write_adapter(
             adapter,
-            card_info(self.config, shapes, scores, tuple(adapter)),
+            card_info(
+                self.config,
+                shapes,
+                scores,
+                tuple(adapter),
+                parts_apart(shapes, adapter.get(DIFFUSERS_FILE)),
+            ),
         )
         if results is not None:
             folder, shown = self.directory.path / "evaluation", len(results[0].shown)

@@ -186,7 +186,8 @@ class Backbone(ABC):
         for name, tokenizer, encoder in named:
             texts = self.texts(prompts, tokenizer)
             if name in self.family.lengths:
-                limit = self.drawing.max_sequence_length or self.family.lengths[name]
+                default = min(self.family.lengths[name], tokenizer.model_max_length)
+                limit = self.drawing.max_sequence_length or default
             else:
                 # Some tokenizers give no limit; transformers then takes it to be 1e30.
                 limit = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)

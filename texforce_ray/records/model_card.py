@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from texforce_ray.artifacts.families import tokenizer_of
+from texforce_ray.artifacts.location import absent_encoders, pipeline_class
 from texforce_ray.artifacts.snapshot import TEXT_ENCODERS, LoraShape
 from texforce_ray.config import Config, CustomObjective, DirectObjective, PpoObjective
-from texforce_ray.files import from_json
 
 _TAGS = ("text-to-image", "lora", "texforce", "reinforcement-learning")
 # What reads each exported file; versions are the oldest that were tested.
@@ -34,6 +35,7 @@ class BaseModel:
     unet: str | None = None
     unet_adapters: tuple[str, ...] = ()
     single_file_config: str | None = None
+    absent: tuple[str, ...] = ()  # text encoders that the pipeline can do without, and does
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class ModelCardInfo:
         files: names of the exported files, including the component's folder if there is one.
         method: how it was trained: "PPO", or a method of direct backpropagation.
         evaluated_on: which prompts and seeds gave the scores.
+        apart: parts that diffusers' LoRA loader does not reach: PEFT loads them.
+        flow: whether the base is a flow-matching model.
     """
 
     base: BaseModel
@@ -65,6 +69,8 @@ class ModelCardInfo:
     drawing: Mapping[str, object] = field(default_factory=dict)
     method: str = "PPO"
     evaluated_on: str = "held-out prompts"
+    apart: tuple[str, ...] = ()
+    flow: bool = False
 
 
 _METHODS = {"refl": "ReFL", "draft": "DRaFT", "alignprop": "AlignProp"}
@@ -95,8 +101,12 @@ def card_info(
     shapes: Mapping[str, LoraShape],
     scores: Mapping[str, Mapping[str, Any]],
     files: tuple[str, ...],
+    apart: tuple[str, ...] = (),
 ) -> ModelCardInfo:
-    """The model card's facts for a run's adapter; `files`: names of the exported files."""
+    """The model card's facts for a run's adapter.
+
+    `files`: names of the exported files; `apart`: parts that diffusers' loader does not reach.
+    """
     m, lora = config.model, config.lora
     settings: dict[str, object] = {
         "denoising steps": config.diffusion.steps,
@@ -106,7 +116,12 @@ def card_info(
         "eta for the scores below": config.evaluation_eta,
         "learning rate": config.optimizer.lr,
     }
-    parts = {"text encoder": lora.text_encoder, "U-Net": lora.denoiser}
+    settings |= _process(config)
+    parts = {
+        "text encoder": lora.text_encoder,
+        "third text encoder": lora.text_encoder_3,
+        "denoiser": lora.denoiser,
+    }
     if lora.text_encoder_2 != "same":
         parts["second text encoder"] = lora.text_encoder_2
     for name, adapter in parts.items():
@@ -117,7 +132,13 @@ def card_info(
     settings |= _objective(config)
     return ModelCardInfo(
         base=BaseModel(
-            m.path, m.revision, m.variant, m.unet, m.unet_adapters, m.single_file_config
+            m.path,
+            m.revision,
+            m.variant,
+            m.unet,
+            m.unet_adapters,
+            m.single_file_config,
+            absent_encoders(m.path, m.leave_out),
         ),
         shapes=shapes,
         rewards=tuple((reward.key, reward.weight) for reward in config.rewards),
@@ -128,14 +149,28 @@ def card_info(
         files=files,
         drawing={
             name: value
-            for name in ("height", "width", "clip_skip", "negative_prompt")
+            for name in (
+                "height", "width", "clip_skip", "negative_prompt", "max_sequence_length",
+            )
             if (value := getattr(config.diffusion, name)) is not None
         },
+        apart=apart,
+        flow=config.diffusion.process == "flow",
         method=_method(config),
         evaluated_on="separate evaluation prompts, with seeds never trained on"
         if config.eval.prompts
         else "the training prompts, with seeds never trained on",
     )
+
+
+def _process(config: Config) -> dict[str, object]:
+    """How a flow's samples got their noise."""
+    d = config.diffusion
+    found: dict[str, object] = {"kernel": d.kernel} if d.process == "flow" and d.eta else {}
+    if d.window is not None:
+        first, end = d.window_range
+        found["steps with noise"] = f"{d.window.size} of steps {first} to {end - 1}"
+    return found
 
 
 def model_card(info: ModelCardInfo) -> str:
@@ -154,10 +189,11 @@ def model_card(info: ModelCardInfo) -> str:
 def _front_matter(info: ModelCardInfo) -> str:
     lines = ["---", "library_name: peft", "pipeline_tag: text-to-image"]
     # The hub rejects a card whose base_model is a path; the text below names it anyway.
-    if info.base.path != "embedded" and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", info.base.path):
+    if not info.base.path.startswith("embedded") and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", info.base.path):
         lines.append(f"base_model: {json.dumps(info.base.path)}")  # JSON strings are YAML
     xl = TEXT_ENCODERS[1] in info.shapes
-    tags = (*_TAGS, "stable-diffusion-xl" if xl else "stable-diffusion")
+    kind = "stable-diffusion-xl" if xl else "stable-diffusion"
+    tags = (*_TAGS, "flow-matching" if info.flow else kind)
     lines += ["tags:", *(f"- {tag}" for tag in tags), "---"]
     return "\n".join(lines)
 
@@ -182,11 +218,11 @@ def _summary(info: ModelCardInfo) -> str:
 
 
 def _usage(info: ModelCardInfo) -> str:
-    attach = []
+    attach = {}
     for part in info.shapes:
         inside = any(name.startswith(f"{part}/") for name in info.files)
         folder = f', subfolder="{part}"' if inside else ""
-        attach.append(f"pipe.{part} = PeftModel.from_pretrained(pipe.{part}, adapter{folder})")
+        attach[part] = f"pipe.{part} = PeftModel.from_pretrained(pipe.{part}, adapter{folder})"
     imports, opening = _opening(info.base)
     opening = [*opening, 'adapter = "."  # the directory of this file']
     given = "".join(f", {name}={_literal(value)}" for name, value in info.drawing.items())
@@ -200,13 +236,21 @@ def _usage(info: ModelCardInfo) -> str:
             '    pipe.text_encoder.__dict__["text_model"] = pipe.text_encoder',
             draw,
         ]
+    peft = "from peft import PeftModel"
+    sections = ["## Use"]
+    if "pytorch_lora_weights.safetensors" in info.files or not info.files:
+        beside = [attach[part] for part in info.apart]
+        title = "With diffusers:"
+        if beside:
+            named = " and ".join(f"`{part}`" for part in info.apart)
+            title = f"With diffusers, whose LoRA loader does not reach {named}:"
+        given = [*imports, *([peft] if beside else [])]
+        sections += [title, _python(*given, "", *opening, load, *beside, *last)]
     return "\n\n".join(
         (
-            "## Use",
-            "With diffusers:",
-            _python(*imports, "", *opening, load, *last),
+            *sections,
             "With PEFT, for example to merge it or to continue training:",
-            _python(*imports, "from peft import PeftModel", "", *opening, *attach, *last),
+            _python(*imports, peft, "", *opening, *attach.values(), *last),
         )
     )
 
@@ -216,15 +260,16 @@ def _opening(base: BaseModel) -> tuple[list[str], list[str]]:
     imports, lines = ["from diffusers import DiffusionPipeline"], []
     kind, method, given = "DiffusionPipeline", "from_pretrained", [json.dumps(base.path)]
     if base.single_file_config is not None:
-        kind, method = _pipeline_class(Path(base.single_file_config)), "from_single_file"
+        kind, method = pipeline_class(Path(base.single_file_config)), "from_single_file"
         imports = [f"from diffusers import {kind}"]
         given.append(f"config={json.dumps(base.single_file_config)}")
-    if base.path == "embedded":
+    if base.path.startswith("embedded"):
         imports.append("from texforce_ray.artifacts.location import locate_model")
-        given = ['locate_model("embedded")']
+        given = [f"locate_model({json.dumps(base.path)})"]
     for name in ("revision", "variant"):
         if value := getattr(base, name):
             given.append(f"{name}={json.dumps(value)}")
+    given += [f"{part}=None" for name in base.absent for part in (name, tokenizer_of(name))]
     if base.unet is not None:
         imports[0] += ", UNet2DConditionModel"
         inside = (Path(base.unet).expanduser() / "unet" / "config.json").is_file()
@@ -234,15 +279,6 @@ def _opening(base: BaseModel) -> tuple[list[str], list[str]]:
         )
         given.append("unet=unet")
     return imports, [*lines, f"pipe = {kind}.{method}({', '.join(given)})"]
-
-
-def _pipeline_class(folder: Path) -> str:
-    """The class named in a pipeline's directory, which loads single files."""
-    try:
-        found = from_json((folder.expanduser() / "model_index.json").read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "StableDiffusionPipeline"
-    return str(found)
 
 
 def _literal(value: object) -> str:

@@ -37,9 +37,10 @@ RECIPES = {
     "flow": Recipe(
         family="flow",
         drawings=64_000,
-        steps=24_000,
+        steps=9_000,
         batch=128,
         lr=1e-3,
+        warmup=300,
         save_every=250,
     ),
 }
