@@ -5,9 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 # One number per purpose: streams never overlap, whatever the seed.
-PROMPTS, NOISE, MINIBATCHES, TIMESTEPS, EVALUATION, BOOTSTRAP, TRUNCATION, JUDGE, FORWARD, WINDOW = range(
-    10
-)
+(
+    PROMPTS,
+    NOISE,
+    MINIBATCHES,
+    TIMESTEPS,
+    EVALUATION,
+    BOOTSTRAP,
+    TRUNCATION,
+    JUDGE,
+    FORWARD,
+    WINDOW,
+) = range(10)
 
 
 def generator(seed: int, stream: int, *index: int) -> np.random.Generator:

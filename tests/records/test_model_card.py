@@ -13,7 +13,8 @@ import yaml
 
 from texforce_ray.artifacts.snapshot import LoraShape
 from texforce_ray.config.io import make_config
-from texforce_ray.records.model_card import BaseModel, ModelCardInfo, card_info, model_card
+from texforce_ray.records.card_info import BaseModel, ModelCardInfo, card_info
+from texforce_ray.records.model_card import model_card
 
 INFO = ModelCardInfo(
     base=BaseModel("stable-diffusion-v1-5/stable-diffusion-v1-5"),
@@ -92,7 +93,7 @@ def test_what_else_the_base_is_made_of_is_loaded_too(tmp_path: Path) -> None:
     for code in _snippets(card):
         assert f'from_pretrained("{tmp_path}", subfolder="unet")' in code
         assert 'from_pretrained("a/b", revision="abc", variant="fp16", unet=unet)' in code
-    assert "merged into the U-Net: c/lora" in card
+    assert "merged into the denoiser: c/lora" in card
 
 
 def test_a_single_file_is_loaded_with_the_configs_of_its_directory(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from texforce_ray import report, status
-from texforce_ray.artifacts.location import EMBEDDED_BASE
+from texforce_ray.artifacts.location import EMBEDDED_BASES
 from texforce_ray.config.io import load_config, make_config, resolve_run_dir
 from texforce_ray.errors import ConfigError, RunDirectoryError
 from texforce_ray.records.run_directory import RunDirectory, check_resumable, read_config
@@ -66,7 +66,7 @@ def test_a_run_on_replaced_weights_is_refused(tmp_path: Path) -> None:
     """The embedded pipeline's first weights were replaced: their runs recorded no base."""
     _start(tmp_path)
     inputs = json.loads((tmp_path / "inputs.json").read_text())
-    assert inputs.pop("base") == EMBEDDED_BASE
+    assert inputs.pop("base") == EMBEDDED_BASES["embedded"]
     (tmp_path / "inputs.json").write_text(json.dumps(inputs))
     with pytest.raises(RunDirectoryError, match="earlier version of the embedded pipeline"):
         check_resumable(read_config(tmp_path), "digest")

@@ -50,9 +50,9 @@ def through_evaluate(path: Path, pipeline: Path, out: Path) -> np.ndarray:
     return draw(backbone, snapshot)
 
 
-def through_unet_adapters(path: Path, pipeline: Path, out: Path) -> np.ndarray:
+def through_denoiser_adapters(path: Path, pipeline: Path, out: Path) -> np.ndarray:
     """Merged into the frozen U-Net."""
-    return draw(load_backbone(str(pipeline), unet_adapters=[str(path)]))
+    return draw(load_backbone(str(pipeline), denoiser_adapters=[str(path)]))
 
 
 def _through_init(path: Path, pipeline: Path, out: Path) -> np.ndarray:
@@ -67,5 +67,5 @@ DOORS = {
     "fuse": _through_fuse,
     "evaluate --adapter": through_evaluate,
     "lora.init": _through_init,
-    "model.unet_adapters": through_unet_adapters,
+    "model.denoiser_adapters": through_denoiser_adapters,
 }

@@ -18,7 +18,8 @@ from texforce_ray.config.io import make_config
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.adapter_files import export_adapter
 from texforce_ray.model.backbone import load_backbone, load_config_backbone
-from texforce_ray.records.model_card import card_info, model_card
+from texforce_ray.records.card_info import card_info
+from texforce_ray.records.model_card import model_card
 from texforce_ray.rl.adapters import adapter_shapes
 
 _DRAW = re.compile(r'^image = pipe\("a photo of a cat"(.*)\)\.images\[0\]$', re.MULTILINE)
@@ -90,7 +91,9 @@ def _check_card(card: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.
     """Both snippets draw the same image, which is not the base's; returns that one."""
     (folder / "README.md").write_text(card)
     diffusers, peft = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    plain = re.sub(r"^pipe\.(load_lora_weights|text_encoder\w* = Peft).*\n", "", diffusers, flags=re.M)
+    plain = re.sub(
+        r"^pipe\.(load_lora_weights|text_encoder\w* = Peft).*\n", "", diffusers, flags=re.M
+    )
     drawn = [_drawn(code, folder, monkeypatch) for code in (plain, diffusers, peft)]
     assert np.abs(drawn[1] - drawn[0]).max() > 0.02, "the adapter changes the image"
     np.testing.assert_allclose(drawn[1], drawn[2], atol=1e-3)

@@ -24,7 +24,7 @@ from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.diffusion.window import window_steps
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.adapter_files import export_adapter, read_adapter
-from texforce_ray.model.backbone import Backbone, load_backbone, load_config_backbone
+from texforce_ray.model.backbone import Backbone, load_config_backbone
 from texforce_ray.rl.likelihood import Pairs
 from texforce_ray.rl.objectives import make_learner
 from texforce_ray.rl.ppo_anchor import Anchor
@@ -232,7 +232,9 @@ def _plain_autograd(learner: PpoLearner, batch: UpdateBatch, steps: np.ndarray) 
             x, following = (
                 torch.from_numpy(trajectory.latents[[row], index + i]).double() for i in (0, 1)
             )
-            output = _guided(backbone, process.timesteps[[index]], x, trajectory.prompts[row], scale)
+            output = _guided(
+                backbone, process.timesteps[[index]], x, trajectory.prompts[row], scale
+            )
             step = torch.tensor([index])
             log_prob = process.log_prob(step, following, process.mean(step, x, output))
             ratio = (log_prob - float(trajectory.log_probs[row, index])).exp()
@@ -255,8 +257,7 @@ def _guided(backbone: Backbone, t: Tensor, x: Tensor, prompt: str, scale: float)
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_keeps_what_must_stay_in_float32(family: Family, dtype: str) -> None:
-    _, mini, path = family
-    config = _config(family, model={"path": str(path), "dtype": dtype})
+    config = _config(family, model={"path": str(family[2]), "dtype": dtype})
     backbone = load_config_backbone(config, 0)
     t5 = [e for e in backbone.text_encoders if type(e).__name__ == "T5EncoderModel"]
     for encoder in t5 if dtype == "float16" else []:

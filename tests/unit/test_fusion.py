@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 
 from texforce_ray import fuse as command
-from texforce_ray.artifacts.location import EMBEDDED_BASE, adapter_files, base_of
+from texforce_ray.artifacts.location import EMBEDDED_BASES, adapter_files, base_of
 from texforce_ray.artifacts.snapshot import LoraShape, PolicySnapshot
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.errors import ConfigError
@@ -125,7 +125,7 @@ def _difference(one: np.ndarray, other: np.ndarray) -> int:
 
 
 @pytest.mark.long
-def test_text_and_unet_adapters_fused_load_in_stock_libraries(
+def test_text_and_denoiser_adapters_fused_load_in_stock_libraries(
     make: Make,
     tiny_backbone: Callable[[], Backbone],
     stock_pipeline: Callable[[], StableDiffusionPipeline],
@@ -188,7 +188,7 @@ def test_an_adapter_of_the_replaced_weights_is_refused(
     assert base_of(tmp_path) == "embedded"
     for file in tmp_path.rglob("adapter_config.json"):
         old = json.loads(file.read_text())
-        assert old["base_model_name_or_path"] == EMBEDDED_BASE
+        assert old["base_model_name_or_path"] == EMBEDDED_BASES["embedded"]
         file.write_text(json.dumps(old | {"base_model_name_or_path": "embedded"}))
     for read in (read_adapter, adapter_files, base_of):
         with pytest.raises(ConfigError, match="earlier version of the embedded pipeline"):
@@ -243,10 +243,10 @@ def test_others_unets_and_unet_loras_stand_under_the_policy(
     unet = make({"unet": LoraShape(2, 2.0, ("to_q", "to_out.0"))}, 3)
     expected = _live(tiny_backbone(), unet)
     export_adapter(unet, tmp_path / "lora", "base")
-    options: dict[str, object] = {"unet_adapters": [str(tmp_path / "lora")]}
+    options: dict[str, object] = {"denoiser_adapters": [str(tmp_path / "lora")]}
     if form == "file":
         file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
-        options = {"unet_adapters": [str(file)]}
+        options = {"denoiser_adapters": [str(file)]}
     elif form.startswith("attn_procs"):
         old = {}
         for key, value in unet.adapters["unet"].items():
@@ -257,11 +257,11 @@ def test_others_unets_and_unet_loras_stand_under_the_policy(
         binary = form.endswith("bin")
         file = tmp_path / ("pytorch_lora_weights.bin" if binary else "old.safetensors")
         torch.save(old, file) if binary else save_file(old, file)
-        options = {"unet_adapters": [str(file)]}
+        options = {"denoiser_adapters": [str(file)]}
     elif form == "whole":
         backbone = load_backbone(str(tiny_pipeline), **options)  # type: ignore[arg-type]
         backbone.denoiser.save_pretrained(tmp_path / "whole")
-        options = {"unet": str(tmp_path / "whole")}
+        options = {"denoiser": str(tmp_path / "whole")}
     images = _unet_images(tiny_pipeline, **options)
     assert _difference(images, expected) <= 1
     assert _difference(images, _unet_images(tiny_pipeline)) > 10
@@ -289,6 +289,6 @@ def test_what_does_not_fit_the_unet_is_refused(
         ("nowhere", "does not exist"),
     ):
         with pytest.raises(ConfigError, match=message):
-            load_backbone(str(tiny_pipeline), unet_adapters=[str(tmp_path / name)])
-    with pytest.raises(ConfigError, match=r"model\.unet"):
-        load_backbone(str(tiny_pipeline), unet=str(tmp_path / "nowhere"))
+            load_backbone(str(tiny_pipeline), denoiser_adapters=[str(tmp_path / name)])
+    with pytest.raises(ConfigError, match=r"model\.denoiser"):
+        load_backbone(str(tiny_pipeline), denoiser=str(tmp_path / "nowhere"))

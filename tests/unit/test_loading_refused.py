@@ -119,8 +119,8 @@ def test_a_replacing_unet_is_looked_at_too(
     changed_pipeline: Callable[..., Path], pipelines: dict[str, Path]
 ) -> None:
     path = changed_pipeline("unet/config.json", {"class_embed_type": "timestep"})
-    with pytest.raises(ConfigError, match=r"model\.unet: .*class_embed_type"):
-        load_backbone(str(pipelines["sd15"]), unet=str(path))
+    with pytest.raises(ConfigError, match=r"model\.denoiser: .*class_embed_type"):
+        load_backbone(str(pipelines["sd15"]), denoiser=str(path))
 
 
 def test_a_hub_id_that_cannot_be_had_is_no_missing_file(monkeypatch: pytest.MonkeyPatch) -> None:

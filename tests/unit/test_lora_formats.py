@@ -22,7 +22,7 @@ from tests.unit.lora_doors import (
     UNET,
     difference,
     draw,
-    through_unet_adapters,
+    through_denoiser_adapters,
 )
 from texforce_ray.artifacts.snapshot import LoraShape, PolicySnapshot
 from texforce_ray.model.backbone import load_backbone
@@ -75,7 +75,7 @@ def test_every_form_through_every_door(
         assert difference(images, expected) <= 1, door
     # There the U-Net's part alone is taken.
     alone = PolicySnapshot(0, {"unet": UNET}, {"unet": snapshot.adapters["unet"]})
-    images = through_unet_adapters(path, tiny_pipeline, tmp_path)
+    images = through_denoiser_adapters(path, tiny_pipeline, tmp_path)
     assert difference(images, draw(load_backbone(str(tiny_pipeline)), alone)) <= 1
 
 
@@ -100,7 +100,7 @@ def test_convolutions_through_every_door(
     else:
         pipe.load_lora_weights(path, unet_config=pipe.unet.config)
     expected = stock_images(pipe, PROMPTS, SEEDS, **HOW)
-    for name in ("fuse", "evaluate --adapter", "model.unet_adapters"):
+    for name in ("fuse", "evaluate --adapter", "model.denoiser_adapters"):
         images = DOORS[name](path, tiny_pipeline, tmp_path / "fused")
         assert difference(images, expected) <= 1, name
 

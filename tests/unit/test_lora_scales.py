@@ -79,7 +79,7 @@ def test_every_recorded_scale_is_applied(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("door", ["evaluate --adapter", "model.unet_adapters"])
+@pytest.mark.parametrize("door", ["evaluate --adapter", "model.denoiser_adapters"])
 def test_kohya_alphas_of_each_layer_are_applied(
     door: str,
     make_policy: Callable[..., PolicySnapshot],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.lora_doors import TEXT, UNET, difference, draw, through_unet_adapters
+from tests.unit.lora_doors import TEXT, UNET, difference, draw, through_denoiser_adapters
 from texforce_ray import fuse as command
 from texforce_ray.artifacts.location import adapter_files
 from texforce_ray.artifacts.snapshot import PolicySnapshot
@@ -40,14 +40,14 @@ def test_a_hub_repository_is_read_from_its_cache(
 
     monkeypatch.setattr(frozen, "hf_hub_download", download)
     monkeypatch.setattr(frozen, "list_repo_files", files)
-    expected = through_unet_adapters(tmp_path / "hub", tiny_pipeline, tmp_path)
+    expected = through_denoiser_adapters(tmp_path / "hub", tiny_pipeline, tmp_path)
     for removed in ("", "adapter_config.json"):
         if removed:
             (tmp_path / "hub" / removed).unlink()
-        backbone = load_backbone(str(tiny_pipeline), unet_adapters=["some/lora"])
+        backbone = load_backbone(str(tiny_pipeline), denoiser_adapters=["some/lora"])
         assert difference(draw(backbone), expected) <= 1
     with pytest.raises(ConfigError, match="no/lora is not a path and cannot be downloaded"):
-        load_backbone(str(tiny_pipeline), unet_adapters=["no/lora"])
+        load_backbone(str(tiny_pipeline), denoiser_adapters=["no/lora"])
 
 
 def test_one_base_under_several_names_is_one(

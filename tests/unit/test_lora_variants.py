@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from tests.unit import lora_files
-from tests.unit.lora_doors import UNET, through_evaluate, through_unet_adapters
+from tests.unit.lora_doors import UNET, through_denoiser_adapters, through_evaluate
 from texforce_ray import fuse as command
 from texforce_ray.artifacts.snapshot import PolicySnapshot
 from texforce_ray.errors import ConfigError
@@ -90,8 +90,8 @@ def test_variants_are_refused_as_what_they_are(
     path = write(make_policy({"unet": UNET}), tmp_path / "given")
     with pytest.raises(ConfigError, match=message):
         through_evaluate(path, tiny_pipeline, tmp_path)
-    with pytest.raises(ConfigError, match=rf"model\.unet_adapters.*{message}"):
-        through_unet_adapters(path, tiny_pipeline, tmp_path)
+    with pytest.raises(ConfigError, match=rf"model\.denoiser_adapters.*{message}"):
+        through_denoiser_adapters(path, tiny_pipeline, tmp_path)
     assert command.main([str(path), "--out", str(tmp_path / "out")]) == 1
     assert "Traceback" not in capsys.readouterr().err
 

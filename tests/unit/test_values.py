@@ -77,11 +77,11 @@ def test_quotes_null_and_interpolation_in_text_fields(monkeypatch: pytest.Monkey
 
 
 def test_texts_in_lists_and_constructor_arguments_are_not_cut() -> None:
-    base = {"rewards": [{"name": "shapes"}], "model": {"unet_adapters": ["a", "b"]}}
+    base = {"rewards": [{"name": "shapes"}], "model": {"denoiser_adapters": ["a", "b"]}}
     config = load_config(
         None,
         [
-            "model.unet_adapters.1=/data/exp #3/x: y",
+            "model.denoiser_adapters.1=/data/exp #3/x: y",
             "rewards.0.kwargs.path=/data/exp #3/w.pt",
             "rewards.0.kwargs.rubric=Score: 0 to 10",
             "rewards.0.kwargs.n=1e-3",
@@ -90,7 +90,7 @@ def test_texts_in_lists_and_constructor_arguments_are_not_cut() -> None:
         ],
         base=base,
     )
-    assert config.model.unet_adapters == ("a", "/data/exp #3/x: y")
+    assert config.model.denoiser_adapters == ("a", "/data/exp #3/x: y")
     assert config.rewards[0].kwargs == {
         "path": "/data/exp #3/w.pt",
         "rubric": "Score: 0 to 10",
@@ -98,9 +98,9 @@ def test_texts_in_lists_and_constructor_arguments_are_not_cut() -> None:
         "on": True,
         "sizes": [1, {"a": "b"}],
     }
-    lists = load_config(None, ["model.unet_adapters=[1e3, yes, '/a #3']"])
-    assert lists.model.unet_adapters == ("1e3", "yes", "/a #3")
-    assert "after the closing bracket" in _problem("model.unet_adapters=[a] #3")
+    lists = load_config(None, ["model.denoiser_adapters=[1e3, yes, '/a #3']"])
+    assert lists.model.denoiser_adapters == ("1e3", "yes", "/a #3")
+    assert "after the closing bracket" in _problem("model.denoiser_adapters=[a] #3")
     assert "seed: Input should be a valid integer" in _problem("seed=3 # three")
 
 

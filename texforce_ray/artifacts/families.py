@@ -33,9 +33,9 @@ class Family:
     text encoders by the pipeline's names, with their classes. denoiser: its name in the pipeline;
     denoiser_class: its class. process: the `diffusion.process` that it takes; None: one of its own.
     schedulers: supported classes of the pipeline's scheduler. optional: encoders that may be left
-    out. packed: the denoiser's input channels for each latent channel. lengths: tokens of encoders whose length is an argument, and its default. vae_keys: what
-    stock pipelines do to latents besides scaling. load: arguments of the pipeline's
-    `from_pretrained`.
+    out. packed: the denoiser's input channels for each latent channel. lengths: encoders whose
+    number of tokens is an argument, and its default. vae_keys: what the stock pipeline does to
+    latents besides scaling. load: arguments of the pipeline's `from_pretrained`.
     """
 
     pipeline: str
@@ -77,12 +77,20 @@ def tokenizer_of(encoder: str) -> str:
     return encoder.replace("text_encoder", "tokenizer")
 
 
-_FLOW = {
-    "denoiser": "transformer",
-    "process": "flow",
-    "schedulers": ("FlowMatchEulerDiscreteScheduler",),
-    "vae_keys": ("shift_factor",),
-}
+def _flow(pipeline: str, backbone: str, encoders: Mapping[str, str], **others: Any) -> Family:
+    """A family of flow-matching transformers."""
+    return Family(
+        pipeline,
+        f"texforce_ray.model.flow_models:{backbone}",
+        encoders,
+        denoiser="transformer",
+        process="flow",
+        schedulers=("FlowMatchEulerDiscreteScheduler",),
+        vae_keys=("shift_factor",),
+        **others,
+    )
+
+
 _ROWS = (
     Family(
         "StableDiffusionPipeline",
@@ -99,9 +107,9 @@ _ROWS = (
         vae_keys=("latents_mean", "latents_std"),
         load={"add_watermarker": False},
     ),
-    Family(
+    _flow(
         "StableDiffusion3Pipeline",
-        "texforce_ray.model.flow_models:StableDiffusion3",
+        "StableDiffusion3",
         {
             "text_encoder": "CLIPTextModelWithProjection",
             "text_encoder_2": "CLIPTextModelWithProjection",
@@ -110,24 +118,21 @@ _ROWS = (
         denoiser_class="SD3Transformer2DModel",
         optional=("text_encoder_3",),
         lengths={"text_encoder_3": 256},
-        **_FLOW,
     ),
-    Family(
+    _flow(
         "FluxPipeline",
-        "texforce_ray.model.flow_models:Flux",
+        "Flux",
         {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
         denoiser_class="FluxTransformer2DModel",
         packed=4,
         lengths={"text_encoder_2": 512},
-        **_FLOW,
     ),
-    Family(
+    _flow(
         "ZImagePipeline",
-        "texforce_ray.model.flow_models:ZImage",
+        "ZImage",
         {"text_encoder": "Qwen3Model"},
         denoiser_class="ZImageTransformer2DModel",
         lengths={"text_encoder": 512},
-        **_FLOW,
     ),
 )
 FAMILIES = {family.pipeline: family for family in _ROWS}

@@ -105,8 +105,8 @@ def check_pipeline(
     if channels != latents * family.packed:
         raise ConfigError(
             f"model.path: {path}: {denoiser}/config.json has in_channels {channels} where the VAE "
-            f"has {latents} latent channels: a denoiser for inpainting, depth or editing also needs "
-            "an image, and cannot be trained from prompts alone"
+            f"has {latents} latent channels: a denoiser for inpainting, depth or editing also "
+            "needs an image, and cannot be trained from prompts alone"
         )
     _check_scheduler(read_json(folder / "scheduler" / "scheduler_config.json", path), path, family)
     if weights:

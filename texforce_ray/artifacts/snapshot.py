@@ -32,8 +32,8 @@ class Effect(NamedTuple):
     """A policy version as measured in the process that holds it: see `model.effect`.
 
     digest: of the adapter's bits. change: relative change of a probe prompt's embedding against the
-    base model. denoiser: likewise for the output of the denoiser's first adapted layer. Both are 0 for
-    an adapter that changes nothing. layers: the number in which it is switched on.
+    base model. denoiser: likewise for the output of the denoiser's first adapted layer. Both are 0
+    for an adapter that changes nothing. layers: the number in which it is switched on.
     """
 
     digest: int

@@ -10,7 +10,7 @@ from texforce_ray.config.fields import DType, Section, free, recorded
 
 
 class ModelConfig(Section):
-    """The base pipeline. Everything in it stays frozen; its U-Net can be replaced by another."""
+    """The base pipeline. Everything in it stays frozen; its denoiser can be replaced by another."""
 
     path: str = Field(
         "embedded",
@@ -34,13 +34,15 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="hub revision to pin")
     variant: str | None = Field(None, description="weight file variant, e.g. 'fp16'")
     dtype: DType = Field("float32", description="dtype of the frozen weights")
-    unet: str | None = Field(
-        None, description="directory or hub id of a whole U-Net to use instead of the pipeline's"
+    denoiser: str | None = Field(
+        None,
+        description="directory or hub id of a whole U-Net or transformer to use instead of the "
+        "pipeline's",
     )
-    unet_adapters: tuple[str, ...] = Field(
+    denoiser_adapters: tuple[str, ...] = Field(
         (),
-        description="U-Net LoRAs that are merged into the U-Net and stay frozen, in any form that "
-        "docs/adapters.md lists",
+        description="LoRAs of the denoiser that are merged into it and stay frozen, in any form "
+        "that docs/adapters.md lists",
     )
     family: str | None = Field(
         None,
@@ -120,7 +122,9 @@ class LoraConfig(Section):
         None, description="Stable Diffusion 3's T5; {}: defaults"
     )
     denoiser: DenoiserAdapterConfig | None = Field(
-        None, description="the U-Net or transformer too (or, with text_encoder: null, alone); {}: defaults"
+        None,
+        description="the U-Net or transformer too (or, with text_encoder: null, alone); {}: "
+        "defaults",
     )
     init: str | None = Field(
         None,

@@ -16,6 +16,8 @@ _MOVED = {
     "lora.alpha": "lora.text_encoder.alpha",
     "lora.target_modules": "lora.text_encoder.target_modules",
     "lora.unet": "lora.denoiser",
+    "model.unet": "model.denoiser",
+    "model.unet_adapters": "model.denoiser_adapters",
 }
 
 

@@ -49,7 +49,10 @@ class Denoiser:
         conditioning = self.backbone.encode(distinct.split(lengths, 1))
         rows = inverse.cpu().numpy()
         if self.passes == 2:
-            conditioning, rows = Conditioning.cat([self.backbone.encode_empty(), conditioning]), rows + 1
+            conditioning, rows = (
+                Conditioning.cat([self.backbone.encode_empty(), conditioning]),
+                rows + 1,
+            )
         return self.backbone.with_guidance(conditioning, self.guidance_scale), rows
 
     def prepare(self, conditioning: Conditioning) -> Prepared:

@@ -48,6 +48,7 @@ class Process(ABC):
 
     def windowed(self: _Self, steps: Sequence[int]) -> _Self:
         """The same process with noise in `steps` alone, and deterministic steps elsewhere."""
+        del steps
         raise ConfigError(
             f"diffusion.window: the process {type(self).__name__} has none; leave it null"
         )

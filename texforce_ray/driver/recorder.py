@@ -28,6 +28,7 @@ from texforce_ray.driver.iteration_metrics import cost_metrics, reward_metrics, 
 from texforce_ray.driver.policy import Policy
 from texforce_ray.observability.alarms import LearningAlarms
 from texforce_ray.observability.profiling import write_profile
+from texforce_ray.records.card_info import card_info
 from texforce_ray.records.checkpoint import (
     Whole,
     checkpoint_path,
@@ -36,7 +37,6 @@ from texforce_ray.records.checkpoint import (
     save_checkpoint,
 )
 from texforce_ray.records.metrics import read_metrics
-from texforce_ray.records.model_card import card_info
 from texforce_ray.records.rescaled import last_change, reward_weights
 from texforce_ray.records.run_directory import RunDirectory
 from texforce_ray.records.samples import write_samples

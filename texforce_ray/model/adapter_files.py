@@ -139,7 +139,11 @@ def _write(directory: Path, files: dict[str, bytes]) -> None:
 
 
 def read_adapter(
-    path: Path, origin: str | None = None, layers_per_block: int = 2
+    path: Path,
+    origin: str | None = None,
+    layers_per_block: int = 2,
+    *,
+    pipeline: str | None = None,
 ) -> PolicySnapshot:
     """Read an adapter, ours or another's: docs/adapters.md lists the forms.
 
@@ -150,6 +154,7 @@ def read_adapter(
         path: PEFT's folder, a folder with one of these per part, a LoRA file, or its folder.
         origin: its name in errors; default: `path`.
         layers_per_block: the U-Net's; needed for files with LDM's block names.
+        pipeline: diffusers' class, whose converter reads other programs' files of a transformer.
 
     Raises:
         ConfigError: not a LoRA adapter, a damaged one, or a variant that is not plain LoRA.
@@ -159,7 +164,7 @@ def read_adapter(
     folders = [file.parent for file in found.values() if file.name == PEFT_CONFIG]
     if not folders:
         (file,) = found.values()
-        return read_file(file, origin, layers_per_block)
+        return read_file(file, origin, layers_per_block, pipeline=pipeline)
     parts: dict[str, tuple[Layers, list[str] | None]] = {}
     for folder in folders:
         weights = next(f for f in found.values() if f.parent == folder and f.name != PEFT_CONFIG)

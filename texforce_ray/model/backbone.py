@@ -19,7 +19,7 @@ from texforce_ray.config import Config
 from texforce_ray.diffusion.process import Process
 from texforce_ray.errors import ConfigError
 from texforce_ray.model.conditioning import PLAIN, Conditioning, Drawing, Prepared, Tokens
-from texforce_ray.model.frozen import load_unet, merge_unet_adapter
+from texforce_ray.model.frozen import load_denoiser, merge_adapter
 from texforce_ray.model.loading import load_pipeline
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -243,8 +243,8 @@ def load_backbone(
     device: str = "cpu",
     revision: str | None = None,
     variant: str | None = None,
-    unet: str | None = None,
-    unet_adapters: Sequence[str] = (),
+    denoiser: str | None = None,
+    denoiser_adapters: Sequence[str] = (),
     single_file_config: str | None = None,
     drawing: Drawing = PLAIN,
     family: Family | None = None,
@@ -252,7 +252,7 @@ def load_backbone(
 ) -> Backbone:
     """Load a diffusers pipeline directory, hub id or single file; 'embedded' is the shapes world.
 
-    `unet` replaces the pipeline's U-Net by another; `unet_adapters` are merged into it. `family`:
+    `denoiser` replaces the pipeline's by another; `denoiser_adapters` are merged into it. `family`:
     the user's own, if any. `left_out`: optional text encoders that are not loaded.
 
     Raises:
@@ -270,10 +270,11 @@ def load_backbone(
         left_out=left_out,
     )
     pipe.set_progress_bar_config(disable=True)
-    if unet is not None:
-        pipe.unet = load_unet(unet, DTYPES[dtype], pipe.unet)
-    for adapter in unet_adapters:
-        merge_unet_adapter(pipe, adapter)
+    if denoiser is not None:
+        replaced = getattr(pipe, found.denoiser)
+        setattr(pipe, found.denoiser, load_denoiser(denoiser, DTYPES[dtype], replaced, found))
+    for adapter in denoiser_adapters:
+        merge_adapter(pipe, adapter, found)
     module, _, name = found.backbone.partition(":")
     kind: type[Backbone] = getattr(importlib.import_module(module), name)
     return kind(pipe, found, torch.device(device), drawing)
@@ -295,8 +296,8 @@ def load_config_backbone(config: Config, num_gpus: float) -> Backbone:
         device=device,
         revision=model.revision,
         variant=model.variant,
-        unet=model.unet,
-        unet_adapters=model.unet_adapters,
+        denoiser=model.denoiser,
+        denoiser_adapters=model.denoiser_adapters,
         single_file_config=model.single_file_config,
         drawing=Drawing(
             d.height,

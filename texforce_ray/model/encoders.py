@@ -41,7 +41,9 @@ class TextEncoder:
         if not self.capacity:
             return self._run(ids)
         keys = [row.numpy().tobytes() for row in ids]
-        if missing := {key: row for key, row in zip(keys, ids, strict=True) if key not in self._kept}:
+        if missing := {
+            key: row for key, row in zip(keys, ids, strict=True) if key not in self._kept
+        }:
             self._fill(missing)
         for key in keys:
             self._kept.move_to_end(key)

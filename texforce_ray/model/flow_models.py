@@ -100,9 +100,7 @@ class StableDiffusion3(FlowTransformer):
         return int(self.denoiser.config.patch_size)
 
     def encoder_output(self, name: str) -> Any:
-        if name == "text_encoder_3":
-            return _last_hidden
-        return lambda encoder, ids: _clip_layers(encoder, ids)
+        return _last_hidden if name == "text_encoder_3" else _clip_layers
 
     def _encode(self, ids: Sequence[Tensor], clip_skip: int | None) -> Conditioning:
         skipped = (clip_skip or 0) + 2

@@ -1,16 +1,17 @@
-"""Third-party U-Nets and U-Net LoRAs, used unchanged while the text encoder is tuned."""
+"""Third-party denoisers and their LoRAs, used unchanged while the text encoder is tuned."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import UNet2DConditionModel
 from huggingface_hub import hf_hub_download, list_repo_files
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
+from texforce_ray.artifacts.families import Family
 from texforce_ray.artifacts.inspection import check_unet
 from texforce_ray.artifacts.location import (
     DIFFUSERS_FILE,
@@ -20,78 +21,89 @@ from texforce_ray.artifacts.location import (
     PEFT_WEIGHTS,
     most_layers,
 )
-from texforce_ray.artifacts.snapshot import UNET
+from texforce_ray.artifacts.snapshot import TRANSFORMER, UNET
 from texforce_ray.errors import ConfigError
 from texforce_ray.model.adapter_files import read_adapter
 from texforce_ray.model.fusion import merge, update_of
 from texforce_ray.model.loading import complete
 
+_NAMES = {UNET: "U-Net", TRANSFORMER: "transformer"}
+# What must be equal for a denoiser to stand in for another one.
+_FITTING = (
+    "in_channels", "out_channels", "cross_attention_dim", "sample_size", "joint_attention_dim",
+    "pooled_projection_dim", "guidance_embeds", "patch_size", "cap_feat_dim",
+)  # fmt: skip
 
-def load_unet(path: str, dtype: torch.dtype, replaced: UNet2DConditionModel) -> nn.Module:
-    """A whole U-Net from a directory (of the U-Net, or of a pipeline with one) or hub id.
+
+def load_denoiser(path: str, dtype: torch.dtype, replaced: Any, family: Family) -> nn.Module:
+    """A whole denoiser from a directory (of its own, or of a pipeline with one) or hub id.
 
     Raises:
-        ConfigError: not a U-Net, or one that does not fit the pipeline.
+        ConfigError: not a denoiser of this family, or one that does not fit the pipeline.
     """
-    folder = Path(path).expanduser()
-    inside = (folder / "unet" / "config.json").is_file()
+    folder, where = Path(path).expanduser(), f"model.denoiser: {path}"
+    inside = (folder / family.denoiser / "config.json").is_file()
     try:
-        unet, loaded = UNet2DConditionModel.from_pretrained(
+        denoiser, loaded = getattr(diffusers, family.denoiser_class).from_pretrained(
             str(folder) if folder.exists() else path,
-            subfolder="unet" if inside else None,
+            subfolder=family.denoiser if inside else None,
             dtype=dtype,
             output_loading_info=True,
         )
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"model.unet: cannot load {path!r}: {error}") from error
-    xl = replaced.config["addition_embed_type"] == "text_time"
-    check_unet(dict(unet.config), f"model.unet: {path}", xl=xl)
-    complete(unet, loaded, f"model.unet: {path}")
-    for key in ("in_channels", "out_channels", "cross_attention_dim", "sample_size"):
-        if unet.config[key] != replaced.config[key]:
-            raise ConfigError(
-                f"model.unet: {path} has {key} {unet.config[key]}, the pipeline's U-Net has "
-                f"{replaced.config[key]}"
-            )
-    return unet
+        raise ConfigError(f"model.denoiser: cannot load {path!r}: {error}") from error
+    config = dict(denoiser.config)
+    if family.denoiser == UNET:
+        xl = replaced.config["addition_embed_type"] == "text_time"
+        check_unet(config, where, xl=xl)
+    complete(denoiser, loaded, where)
+    for key in _FITTING:
+        if config.get(key) != (wanted := replaced.config.get(key)):
+            raise ConfigError(f"{where} has {key} {config.get(key)}, the pipeline's has {wanted}")
+    return denoiser
 
 
-def merge_unet_adapter(pipe: Any, path: str) -> None:
-    """Merge the U-Net part of an adapter into the pipeline's U-Net.
+def merge_adapter(pipe: Any, path: str, family: Family) -> None:
+    """Merge the denoiser's part of an adapter into the pipeline's denoiser.
 
     `path`: any form that `read_adapter` knows, or a hub id.
 
     Raises:
-        ConfigError: missing, damaged, not plain LoRA, or for another U-Net.
+        ConfigError: missing, damaged, not plain LoRA, or for another denoiser.
     """
-    key = "model.unet_adapters"
+    key, part = "model.denoiser_adapters", family.denoiser
     folder = Path(path).expanduser()
     if not folder.exists():
         if path.startswith((".", "/", "~")):
             raise ConfigError(f"{key}: {path} does not exist")
-        folder = _download(path)
-    snapshot = read_adapter(folder, f"{key}: {path}", most_layers(pipe.unet.config))
-    if UNET not in snapshot.adapters:
+        folder = _download(path, part)
+    denoiser = getattr(pipe, part)
+    snapshot = read_adapter(
+        folder, f"{key}: {path}", most_layers(denoiser.config), pipeline=family.pipeline
+    )
+    if part not in snapshot.adapters:
         raise ConfigError(
             f"{key}: {path} is an adapter of the {' and the '.join(snapshot.adapters)}, not of "
-            "the U-Net"
+            f"the {_NAMES[part]}"
         )
-    if not any(update.any() for update in update_of(snapshot, UNET).values()):
-        raise ConfigError(f"{key}: {path} changes nothing in the U-Net: all its updates are 0")
-    merge(snapshot, UNET, pipe.unet, f"{key}: {path}", "this pipeline")
+    if not any(update.any() for update in update_of(snapshot, part).values()):
+        raise ConfigError(
+            f"{key}: {path} changes nothing in the {_NAMES[part]}: all its updates are 0"
+        )
+    merge(snapshot, part, denoiser, f"{key}: {path}", "this pipeline")
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, part: str) -> Path:
     """The cached adapter file or folder of a hub repository, downloaded if needed.
 
     Raises:
         ConfigError: there is no such repository, no adapter in it, or no network.
     """
-    origin = f"model.unet_adapters: {repository}"
+    origin = f"model.denoiser_adapters: {repository}"
     sets = (
         (PEFT_CONFIG, PEFT_WEIGHTS), (PEFT_CONFIG, PEFT_PICKLE),
-        (f"{UNET}/{PEFT_CONFIG}", f"{UNET}/{PEFT_WEIGHTS}"),
-        (f"{UNET}/{PEFT_CONFIG}", f"{UNET}/{PEFT_PICKLE}"), (DIFFUSERS_FILE,), (DIFFUSERS_PICKLE,),
+        (f"{part}/{PEFT_CONFIG}", f"{part}/{PEFT_WEIGHTS}"),
+        (f"{part}/{PEFT_CONFIG}", f"{part}/{PEFT_PICKLE}"), (DIFFUSERS_FILE,), (DIFFUSERS_PICKLE,),
     )  # fmt: skip
     try:
         for names in sets:

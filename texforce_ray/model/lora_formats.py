@@ -17,7 +17,8 @@ from diffusers.utils.state_dict_utils import (
 from safetensors import safe_open
 from torch import Tensor
 
-from texforce_ray.artifacts.snapshot import PARTS, UNET, PolicySnapshot
+from texforce_ray.artifacts.families import FAMILIES
+from texforce_ray.artifacts.snapshot import PARTS, TRANSFORMER, UNET, PolicySnapshot
 from texforce_ray.errors import ConfigError
 from texforce_ray.files import from_json
 from texforce_ray.model.kohya import check_names, from_kohya, is_kohya
@@ -32,6 +33,7 @@ from texforce_ray.model.lora_layers import (
     pair_layers,
 )
 from texforce_ray.model.peft_config import Scale, read_scale
+from texforce_ray.model.transformer_loras import from_other_program
 
 # diffusers' complete tables: its own functions guess one from some of the keys.
 _TEXT_TO_PEFT = {
@@ -112,12 +114,17 @@ def arrays(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return {key: value.float().numpy() for key, value in state.items()}
 
 
-def read_file(file: Path, origin: str, layers_per_block: int = 2) -> PolicySnapshot:
+def read_file(
+    file: Path, origin: str, layers_per_block: int = 2, *, pipeline: str | None = None
+) -> PolicySnapshot:
     """Read a LoRA file of any form.
 
     Args:
+        file: the file.
+        origin: its name in errors.
         layers_per_block: the U-Net's; needed for LDM's block names. Every published Stable
             Diffusion has 2.
+        pipeline: diffusers' class, whose converter reads other programs' files of a transformer.
 
     Raises:
         ConfigError: damaged, or of a form or kind that is not understood; names it.
@@ -127,6 +134,8 @@ def read_file(file: Path, origin: str, layers_per_block: int = 2) -> PolicySnaps
         raise ConfigError(f"{origin} holds no tensors")
     check_plain(state, origin)
     alphas: dict[str, float] = {}
+    if pipeline is not None and FAMILIES[pipeline].denoiser == TRANSFORMER:
+        state = from_other_program(state, pipeline, origin)
     kohya = state if is_kohya(state) else None
     if kohya is not None:
         state, alphas = from_kohya(kohya, origin, layers_per_block)

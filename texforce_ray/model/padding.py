@@ -1,4 +1,4 @@
-"""Batch sizes for compiled networks: shapes that depend on the batch size alone, and few of them."""
+"""Batches for compiled networks: few sizes, on which alone all shapes depend."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ def padded(count: int) -> int:
     return -(-count // step) * step
 
 
-def pad_batch(
-    x: Tensor, timesteps: Tensor, rows: np.ndarray
-) -> tuple[Tensor, Tensor, np.ndarray]:
+def pad_batch(x: Tensor, timesteps: Tensor, rows: np.ndarray) -> tuple[Tensor, Tensor, np.ndarray]:
     """A batch with its last row repeated up to `padded` rows: masking leaves any size."""
     more = padded(len(rows)) - len(rows)
     return (

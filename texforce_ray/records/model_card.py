@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from texforce_ray.artifacts.families import tokenizer_of
-from texforce_ray.artifacts.location import absent_encoders, pipeline_class
-from texforce_ray.artifacts.snapshot import TEXT_ENCODERS, LoraShape
-from texforce_ray.config import Config, CustomObjective, DirectObjective, PpoObjective
+from texforce_ray.artifacts.families import FAMILIES, tokenizer_of
+from texforce_ray.artifacts.location import pipeline_class
+from texforce_ray.artifacts.snapshot import TEXT_ENCODERS
+from texforce_ray.records.card_info import BaseModel, ModelCardInfo
 
 _TAGS = ("text-to-image", "lora", "texforce", "reinforcement-learning")
 # What reads each exported file; versions are the oldest that were tested.
@@ -23,154 +21,6 @@ _FILES = (
     ("adapter_model.safetensors", "the same; holds the weights"),
     ("kohya.safetensors", "ComfyUI, A1111 and others that read LoRAs in kohya's format"),
 )
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """The pipeline that an adapter belongs to, as named by `model` in the run's config."""
-
-    path: str
-    revision: str | None = None
-    variant: str | None = None
-    unet: str | None = None
-    unet_adapters: tuple[str, ...] = ()
-    single_file_config: str | None = None
-    absent: tuple[str, ...] = ()  # text encoders that the pipeline can do without, and does
-
-
-@dataclass(frozen=True)
-class ModelCardInfo:
-    """The facts that a model card shows.
-
-    Attributes:
-        base: the pipeline that the adapter belongs to.
-        shapes: rank, alpha and layers of each adapted component, by the pipeline's names.
-        rewards: name and weight of each reward.
-        iterations: iterations trained.
-        samples: images sampled in total.
-        settings: further settings to list.
-        drawing: arguments that make a pipeline draw as in training, e.g. `clip_skip`.
-        scores: per reward "base", "tuned", "difference", "low", "high", "images"; may be empty.
-        files: names of the exported files, including the component's folder if there is one.
-        method: how it was trained: "PPO", or a method of direct backpropagation.
-        evaluated_on: which prompts and seeds gave the scores.
-        apart: parts that diffusers' LoRA loader does not reach: PEFT loads them.
-        flow: whether the base is a flow-matching model.
-    """
-
-    base: BaseModel
-    shapes: Mapping[str, LoraShape]
-    rewards: tuple[tuple[str, float], ...]
-    iterations: int
-    samples: int
-    settings: Mapping[str, object]
-    scores: Mapping[str, Mapping[str, Any]]
-    files: tuple[str, ...]
-    drawing: Mapping[str, object] = field(default_factory=dict)
-    method: str = "PPO"
-    evaluated_on: str = "held-out prompts"
-    apart: tuple[str, ...] = ()
-    flow: bool = False
-
-
-_METHODS = {"refl": "ReFL", "draft": "DRaFT", "alignprop": "AlignProp"}
-
-
-def _method(config: Config) -> str:
-    if config.direct is not None:
-        return _METHODS[config.direct.method]
-    own = getattr(config.objective, "target", "")
-    return own.rpartition(":")[2] or config.objective.kind.upper()
-
-
-def _objective(config: Config) -> dict[str, object]:
-    """The objective's own settings, by the words of their keys."""
-    if isinstance(config.objective, CustomObjective | DirectObjective):
-        return {}
-    values = config.objective.model_dump(exclude={"kind"})
-    if isinstance(config.objective, PpoObjective):  # those that differ from plain PPO's
-        plain = PpoObjective().model_dump(exclude={"clip_range"})
-        values = {key: value for key, value in values.items() if plain.get(key) != value}
-        values.pop("clip_range" if config.objective.trust == "kl_mask" else "trust_kl", None)
-    named = {key.replace("_", " "): value for key, value in values.items() if value is not None}
-    return named | {"advantage": config.advantage.mode}
-
-
-def card_info(
-    config: Config,
-    shapes: Mapping[str, LoraShape],
-    scores: Mapping[str, Mapping[str, Any]],
-    files: tuple[str, ...],
-    apart: tuple[str, ...] = (),
-) -> ModelCardInfo:
-    """The model card's facts for a run's adapter.
-
-    `files`: names of the exported files; `apart`: parts that diffusers' loader does not reach.
-    """
-    m, lora = config.model, config.lora
-    settings: dict[str, object] = {
-        "denoising steps": config.diffusion.steps,
-        "guidance scale": config.diffusion.guidance_scale,
-        "guidance scale for the scores below": config.evaluation_guidance,
-        "eta": config.diffusion.eta,
-        "eta for the scores below": config.evaluation_eta,
-        "learning rate": config.optimizer.lr,
-    }
-    settings |= _process(config)
-    parts = {
-        "text encoder": lora.text_encoder,
-        "third text encoder": lora.text_encoder_3,
-        "denoiser": lora.denoiser,
-    }
-    if lora.text_encoder_2 != "same":
-        parts["second text encoder"] = lora.text_encoder_2
-    for name, adapter in parts.items():
-        if adapter is not None and adapter.lr is not None:
-            settings[f"learning rate of the {name}"] = adapter.lr
-    if lora.init is not None:
-        settings["started from the adapter"] = lora.init
-    settings |= _objective(config)
-    return ModelCardInfo(
-        base=BaseModel(
-            m.path,
-            m.revision,
-            m.variant,
-            m.unet,
-            m.unet_adapters,
-            m.single_file_config,
-            absent_encoders(m.path, m.leave_out),
-        ),
-        shapes=shapes,
-        rewards=tuple((reward.key, reward.weight) for reward in config.rewards),
-        iterations=config.iterations,
-        samples=config.iterations * config.samples_per_iteration,
-        settings={**settings, "seed": config.seed},
-        scores=scores,
-        files=files,
-        drawing={
-            name: value
-            for name in (
-                "height", "width", "clip_skip", "negative_prompt", "max_sequence_length",
-            )
-            if (value := getattr(config.diffusion, name)) is not None
-        },
-        apart=apart,
-        flow=config.diffusion.process == "flow",
-        method=_method(config),
-        evaluated_on="separate evaluation prompts, with seeds never trained on"
-        if config.eval.prompts
-        else "the training prompts, with seeds never trained on",
-    )
-
-
-def _process(config: Config) -> dict[str, object]:
-    """How a flow's samples got their noise."""
-    d = config.diffusion
-    found: dict[str, object] = {"kernel": d.kernel} if d.process == "flow" and d.eta else {}
-    if d.window is not None:
-        first, end = d.window_range
-        found["steps with noise"] = f"{d.window.size} of steps {first} to {end - 1}"
-    return found
 
 
 def model_card(info: ModelCardInfo) -> str:
@@ -189,7 +39,9 @@ def model_card(info: ModelCardInfo) -> str:
 def _front_matter(info: ModelCardInfo) -> str:
     lines = ["---", "library_name: peft", "pipeline_tag: text-to-image"]
     # The hub rejects a card whose base_model is a path; the text below names it anyway.
-    if not info.base.path.startswith("embedded") and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", info.base.path):
+    if not info.base.path.startswith("embedded") and re.fullmatch(
+        r"\w[\w.-]*(/\w[\w.-]*)?", info.base.path
+    ):
         lines.append(f"base_model: {json.dumps(info.base.path)}")  # JSON strings are YAML
     xl = TEXT_ENCODERS[1] in info.shapes
     kind = "stable-diffusion-xl" if xl else "stable-diffusion"
@@ -208,11 +60,11 @@ def _summary(info: ModelCardInfo) -> str:
         "[TexForce](https://arxiv.org/abs/2311.15657)'s code. "
         "The weights of the base model are unchanged."
     )
-    if info.base.unet_adapters:
-        merged = ", ".join(_inline(path) for path in info.base.unet_adapters)
+    if info.base.denoiser_adapters:
+        merged = ", ".join(_inline(path) for path in info.base.denoiser_adapters)
         text += (
-            f" It was trained with these LoRAs merged into the U-Net: {merged}. Merge them first "
-            "to see the images that it was trained on; the code below does not do this."
+            f" It was trained with these LoRAs merged into the denoiser: {merged}. Merge them "
+            "first to see the images that it was trained on; the code below does not do this."
         )
     return text
 
@@ -244,8 +96,8 @@ def _usage(info: ModelCardInfo) -> str:
         if beside:
             named = " and ".join(f"`{part}`" for part in info.apart)
             title = f"With diffusers, whose LoRA loader does not reach {named}:"
-        given = [*imports, *([peft] if beside else [])]
-        sections += [title, _python(*given, "", *opening, load, *beside, *last)]
+        loaders = [*imports, *([peft] if beside else [])]
+        sections += [title, _python(*loaders, "", *opening, load, *beside, *last)]
     return "\n\n".join(
         (
             *sections,
@@ -270,15 +122,22 @@ def _opening(base: BaseModel) -> tuple[list[str], list[str]]:
         if value := getattr(base, name):
             given.append(f"{name}={json.dumps(value)}")
     given += [f"{part}=None" for name in base.absent for part in (name, tokenizer_of(name))]
-    if base.unet is not None:
-        imports[0] += ", UNet2DConditionModel"
-        inside = (Path(base.unet).expanduser() / "unet" / "config.json").is_file()
-        folder = ', subfolder="unet"' if inside else ""
-        lines.append(
-            f"unet = UNet2DConditionModel.from_pretrained({json.dumps(base.unet)}{folder})"
-        )
-        given.append("unet=unet")
+    if base.denoiser is not None:
+        part, kind_of = _denoiser(base)
+        imports[0] += f", {kind_of}"
+        inside = (Path(base.denoiser).expanduser() / part / "config.json").is_file()
+        folder = f', subfolder="{part}"' if inside else ""
+        lines.append(f"{part} = {kind_of}.from_pretrained({json.dumps(base.denoiser)}{folder})")
+        given.append(f"{part}={part}")
     return imports, [*lines, f"pipe = {kind}.{method}({', '.join(given)})"]
+
+
+def _denoiser(base: BaseModel) -> tuple[str, str]:
+    """Name and class of the pipeline's denoiser."""
+    family = FAMILIES.get(pipeline_class(Path(base.path)))
+    return ("unet", "UNet2DConditionModel") if family is None else (
+        family.denoiser, family.denoiser_class,
+    )  # fmt: skip
 
 
 def _literal(value: object) -> str:

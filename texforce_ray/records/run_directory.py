@@ -25,9 +25,10 @@ from texforce_ray.files import (
     check_writable,
     from_json,
 )
+from texforce_ray.records.card_info import ModelCardInfo
 from texforce_ray.records.images import grid, save_png
 from texforce_ray.records.metrics import MetricsLog
-from texforce_ray.records.model_card import ModelCardInfo, model_card
+from texforce_ray.records.model_card import model_card
 from texforce_ray.records.report import write_report
 from texforce_ray.records.samples import read_samples, samples_path
 from texforce_ray.records.status import State, outcome

@@ -8,7 +8,7 @@ policy's output there is compared with what would lead back to x0. Guidance play
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""The embedded flow pipeline's architecture: small networks built from Stable Diffusion 3's classes.
+"""The embedded flow pipeline's architecture: small networks of Stable Diffusion 3's classes.
 
 Three text encoders as there: two of CLIP's kind, of which the first has the weights of the DDIM
 pipeline's encoder, and one of T5's.

@@ -85,9 +85,7 @@ def train_flow(
     networks = FlowNetworks(tokenizer).to(device).train()
     predict: Callable[..., Tensor] = networks
     if compiled:
-        predict = torch.compile(
-            networks, mode="reduce-overhead" if device.type == "cuda" else None
-        )
+        predict = torch.compile(networks, mode="reduce-overhead" if device.type == "cuda" else None)
     parameters = networks.trained()
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     averages = EMAModel(parameters, decay=recipe.ema_decay, foreach=True)

@@ -45,6 +45,7 @@ from texforce_ray.shapes.training import (
     update,
 )
 
+
 def train_vae(recipe: Recipe, work: Path) -> AutoencoderKL:
     """Stage 1: reconstruct drawings; a light KL keeps the latents near a unit Gaussian."""
     torch.manual_seed(recipe.seed)
