@@ -40,7 +40,7 @@ def test_nft_killed_and_resumed_with_two_learners_gives_the_same_bits(
     kill_after_checkpoint(directory, 1, *NFT)
     # Half of the updates by another number of learners.
     resumed = resume(directory, "learner.num_workers=2", "learner.num_cpus=0.25")
-    _assert_same(resumed, uninterrupted)
+    assert_same(resumed, uninterrupted)
     policies = load_checkpoint(directory / "checkpoints" / "step-00003")
     old, trained = policies.snapshots[-1], policies.average
     assert trained is not None
@@ -84,7 +84,7 @@ def test_the_others_resume_bit_for_bit_too(name: str, tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", *OTHERS[name])
     directory = tmp_path / "run"
     kill_after_checkpoint(directory, 1, *OTHERS[name])
-    _assert_same(resume(directory, "learner.num_workers=2", "learner.num_cpus=0.25"), whole)
+    assert_same(resume(directory, "learner.num_workers=2", "learner.num_cpus=0.25"), whole)
 
 
 def test_a_kind_that_needs_likelihoods_refuses_a_solver_without_noise(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_kind_that_needs_likelihoods_refuses_a_solver_without_noise(tmp_path: 
     assert "diffusion.eta: 0 samples without noise" in finished.output
 
 
-def _assert_same(one: Finished, other: Finished) -> None:
+def assert_same(one: Finished, other: Finished) -> None:
     assert one.samples() == other.samples()
     ours, theirs = (
         {str(p.relative_to(run.directory)): p.read_bytes() for p in _weights(run)}
