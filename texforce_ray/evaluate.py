@@ -129,7 +129,7 @@ def _load(options: argparse.Namespace, plain: dict[str, Any]) -> Config:
 
     overrides = options.overrides
     given = {override.partition("=")[0] for override in overrides}
-    for name in ("guidance_scale", "eta"):
+    for name in ("guidance_scale", "eta", "steps"):
         if f"diffusion.{name}" in given and f"eval.{name}" not in given:
             # Nothing is trained here, so the override is meant for drawing the images.
             overrides = [*overrides, f"eval.{name}=null"]

@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.rank is not None and options.rank < 1:
         raise ConfigError(f"--rank: {options.rank} should be at least 1")
     terms = [weighted(text) for text in options.adapters]
-    from texforce_ray.artifacts.location import adapter_files, layers_per_block
+    from texforce_ray.artifacts.location import adapter_files, has_unet, layers_per_block
     from texforce_ray.files import check_writable
 
     for _, path in terms:
@@ -93,7 +93,7 @@ def _run(options: argparse.Namespace) -> None:
     exact = {part: shape.rank for part, shape in result.shapes.items()}
     if options.rank is not None:
         result, error = compress(result, options.rank)
-    export_adapter(result, options.out, base)
+    export_adapter(result, options.out, base, kohya=has_unet(base))
     summary = {
         "out": str(options.out),
         "base": base,

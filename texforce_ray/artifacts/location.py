@@ -8,7 +8,7 @@ from typing import Any
 
 from texforce_ray.artifacts.families import FAMILIES, Family
 from texforce_ray.artifacts.inspection import check_pipeline
-from texforce_ray.artifacts.snapshot import PARTS
+from texforce_ray.artifacts.snapshot import PARTS, UNET
 from texforce_ray.errors import ConfigError
 from texforce_ray.files import from_json
 
@@ -192,6 +192,12 @@ def recorded_name(base: str) -> str:
 def pipeline_class(folder: Path) -> str:
     """The class named in a pipeline's directory; Stable Diffusion's if it names none."""
     return str(_index(folder).get("_class_name", "StableDiffusionPipeline"))
+
+
+def has_unet(base: str) -> bool:
+    """Whether a base model's denoiser is a U-Net, as far as is known."""
+    family = FAMILIES.get(pipeline_class(EMBEDDED_MODELS.get(base) or Path(base)))
+    return family is None or family.denoiser == UNET
 
 
 def absent_encoders(base: str, left_out: Sequence[str] = ()) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from texforce_ray.artifacts.snapshot import (
 )
 from texforce_ray.errors import ConfigError
 from texforce_ray.files import atomic_write_bytes, from_json, write_error
-from texforce_ray.model.kohya import to_kohya
+from texforce_ray.model.kohya import has_kohya_names, to_kohya
 from texforce_ray.model.lora_formats import arrays, check_plain, load_tensors, read_file
 from texforce_ray.model.lora_layers import (
     A,
@@ -96,7 +96,7 @@ def export_adapter(
         }
     if diffusers:
         files[DIFFUSERS_FILE] = _bytes(diffusers)
-    if kohya:
+    if kohya and has_kohya_names(snapshot):
         files[KOHYA_FILE] = _bytes(to_kohya(snapshot))
     _write(directory, files)
 

@@ -58,14 +58,27 @@ class Backbone(ABC):
                     f"diffusion.{name}: {value} is not a multiple of {scale}, the size of "
                     f"{'a latent' if self.latent_multiple == 1 else 'what the denoiser reads'}"
                 )
+        if d.park_encoders and not self.parks:
+            raise ConfigError(
+                f"model.park_encoders: a {self.family.pipeline} has text encoders too small to be "
+                "worth it; leave it false"
+            )
         if d.max_sequence_length is not None and not self.family.lengths:
             raise ConfigError(
                 f"diffusion.max_sequence_length: {d.max_sequence_length}, but the text encoders of "
                 f"a {self.family.pipeline} have a length of their own; leave it null"
             )
-        layers = min(encoder.config.num_hidden_layers for encoder in self.text_encoders)
+        for name in set(self.ignored) & {k for k, v in vars(d).items() if v is not None}:
+            raise ConfigError(
+                f"diffusion.{name}: has no effect on a {self.family.pipeline}; leave it null"
+            )
+        named = zip(self.family.encoders.values(), self.text_encoders, strict=True)
+        clip = [e.config.num_hidden_layers for kind, e in named if kind.startswith("CLIP")]
+        if d.clip_skip is None or not clip:
+            return
+        layers = min(clip)
         most = layers - 1 - (len(self.text_encoders) > 1)  # SDXL skips one anyway
-        if d.clip_skip is not None and d.clip_skip > most:
+        if d.clip_skip > most:
             raise ConfigError(
                 f"diffusion.clip_skip: {d.clip_skip} leaves no layer of a text encoder that "
                 f"has {layers}; use at most {most}"
@@ -133,6 +146,11 @@ class Backbone(ABC):
         """`predict`, where row b has prompt `rows[b]` (int64 [B]) of the prepared ones."""
 
     # ---- what a family may define -----------------------------------------------------------
+
+    # Drawing options without effect on its pipelines.
+    ignored: tuple[str, ...] = ()
+    # Whether text encoders that are not trained can be parked.
+    parks: bool = False
 
     @property
     def latent_multiple(self) -> int:

@@ -39,7 +39,10 @@ class TextEncoder:
             self.module.to(self.device)
             return self.encode(self.module, ids.to(self.device))
         if not self.capacity:
-            return self._run(ids)
+            self.module.to(self.device)
+            outputs = self._run(ids)
+            self._park()
+            return outputs
         keys = [row.numpy().tobytes() for row in ids]
         if missing := {
             key: row for key, row in zip(keys, ids, strict=True) if key not in self._kept
@@ -48,15 +51,18 @@ class TextEncoder:
         for key in keys:
             self._kept.move_to_end(key)
         columns = zip(*(self._kept[key] for key in keys), strict=True)
-        outputs = [torch.cat(column).to(self.device) for column in columns]
+        joined = [torch.cat(column).to(self.device) for column in columns]
         while len(self._kept) > self.capacity:
             self._kept.popitem(last=False)
-        return outputs
+        return joined
 
     def _fill(self, missing: dict[bytes, Tensor]) -> None:
         self.module.to(self.device)
         for key, row in missing.items():
             self._kept[key] = tuple(output.cpu() for output in self._run(row[None]))
+        self._park()
+
+    def _park(self) -> None:
         if self.parked:
             self.module.to("cpu")
 

@@ -34,6 +34,7 @@ class FlowTransformer(Backbone):
     max_shift = 1.15
     # Whether stock code gives the scheduler its noise levels, before shifting.
     gives_levels = True
+    parks = True
 
     def __init__(
         self, pipe: Any, family: Family, device: torch.device, drawing: Drawing = PLAIN
@@ -129,6 +130,8 @@ class StableDiffusion3(FlowTransformer):
 class Flux(FlowTransformer):
     """FLUX.1: CLIP's pooled embedding, T5's tokens, packed latents, guidance as an input."""
 
+    ignored = ("clip_skip", "negative_prompt")
+
     def __init__(
         self, pipe: Any, family: Family, device: torch.device, drawing: Drawing = PLAIN
     ) -> None:
@@ -182,6 +185,8 @@ class Flux(FlowTransformer):
 
 class ZImage(FlowTransformer):
     """Z-Image: a language model's tokens without padding, guidance from 0 instead of 1."""
+
+    ignored = ("clip_skip",)
 
     @property
     def noise_dtype(self) -> torch.dtype:

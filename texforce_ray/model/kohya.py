@@ -13,9 +13,15 @@ from diffusers.loaders.lora_conversion_utils import (
 )
 from torch import Tensor
 
-from texforce_ray.artifacts.snapshot import UNET, LoraShape, PolicySnapshot, Tensors
+from texforce_ray.artifacts.snapshot import (
+    TEXT_ENCODERS,
+    UNET,
+    LoraShape,
+    PolicySnapshot,
+    Tensors,
+)
 from texforce_ray.errors import ConfigError
-from texforce_ray.model.lora_layers import A, B, format_names, prefixed
+from texforce_ray.model.lora_layers import A, B, format_names, of_clip, prefixed
 
 PREFIXES = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
 _ENDS = (".lora_down.weight", ".lora_up.weight", ".alpha")
@@ -99,6 +105,14 @@ def kohya_name(part: str, layer: str, xl: bool) -> str:
     first = "lora_te1_" if xl else "lora_te_"
     start = {"text_encoder": first, "text_encoder_2": "lora_te2_", UNET: "lora_unet_"}[part]
     return start + prefixed(part, layer).replace(".", "_")
+
+
+def has_kohya_names(snapshot: PolicySnapshot) -> bool:
+    """Whether all layers are Stable Diffusion's or SDXL's, which alone have such names here."""
+    return all(
+        part == UNET or (part in TEXT_ENCODERS[:2] and all(of_clip(part, key) for key in tensors))
+        for part, tensors in snapshot.adapters.items()
+    )
 
 
 def to_kohya(snapshot: PolicySnapshot) -> Tensors:

@@ -1,35 +1,60 @@
-"""Models as their config files describe them: published ones by name, local directories. No torch.
+"""Models without weights: published ones by name and local directories, on torch's meta device.
 
-Only what decides shapes is given here; all else is the libraries' default.
+Of a published model's configs, only what decides shapes is given; all else is the libraries'
+default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from texforce_ray.artifacts.families import FAMILIES, Family, family_in
+import diffusers
+import torch
+import transformers
+from torch import Tensor
+
+from texforce_ray.artifacts.families import FAMILIES, Family
 from texforce_ray.artifacts.inspection import check_pipeline, read_json
 from texforce_ray.artifacts.location import EMBEDDED_MODELS
+from texforce_ray.artifacts.snapshot import LoraShape
+from texforce_ray.config.model import (
+    AdapterConfig,
+    DenoiserAdapterConfig,
+    DiffusionConfig,
+    T5AdapterConfig,
+)
 from texforce_ray.errors import ConfigError
+from texforce_ray.model.backbone import DTYPES, Backbone
+from texforce_ray.model.conditioning import Drawing
+from texforce_ray.model.encoders import TextEncoder
 
+META = torch.device("meta")
 Values = Mapping[str, Any]
-_GUIDANCE = 5.0  # diffusion.guidance_scale's default
 
 
 @dataclass(frozen=True)
 class Blueprint:
     """What a pipeline is built from.
 
-    family: which it is. parts: the config of each part, by the pipeline's names. guidance: the
-    scale that is assumed if none is given.
+    family: which it is. parts: the config of each part, by the pipeline's names.
     """
 
     family: Family
     parts: Mapping[str, Values]
-    guidance: float = _GUIDANCE
+
+    @property
+    def guidance(self) -> float:
+        """The scale that is assumed if none is given: `diffusion.guidance_scale`'s default, or 1.
+
+        Some FLUX transformers take none.
+        """
+        takes_none = self.parts[self.family.denoiser].get("guidance_embeds") is False
+        return 1.0 if takes_none else DiffusionConfig().guidance_scale
 
 
 _CLIP_L: Values = {
@@ -103,7 +128,7 @@ def _flux(*, guided: bool) -> Blueprint:
     transformer = {**_FLUX, "guidance_embeds": guided}
     encoders = {"text_encoder": _CLIP_L, "text_encoder_2": _T5_XXL}
     parts = {**encoders, "transformer": transformer, "vae": _VAE_16}
-    return Blueprint(FAMILIES["FluxPipeline"], parts, _GUIDANCE if guided else 1.0)
+    return Blueprint(FAMILIES["FluxPipeline"], parts)
 
 
 PUBLISHED: Mapping[str, Blueprint] = {
@@ -146,9 +171,90 @@ def blueprint_of(model: str) -> Blueprint:
             f"{', '.join(PUBLISHED)} (nothing is downloaded)"
         )
     try:
-        check_pipeline(folder, model, weights=False)
-        family = family_in(read_json(folder / "model_index.json", model), model)
+        family = check_pipeline(folder, model, weights=False)
         parts = {name: read_json(folder / name / "config.json", model) for name in family.models}
     except ConfigError as error:
         raise ConfigError(str(error).replace("model.path", "--model", 1)) from error
     return Blueprint(family, parts)
+
+
+class _Alone(TextEncoder):
+    """A text encoder that encodes each prompt alone while it is not trained, as with a cache."""
+
+    def __call__(self, ids: Tensor) -> Sequence[Tensor]:
+        if self.trained:
+            return super().__call__(ids)
+        return [torch.cat([output] * len(ids)) for output in self._run(ids[:1])]
+
+
+def build(blueprint: Blueprint, dtype: str, drawing: Drawing) -> Backbone:
+    """The backbone on the meta device.
+
+    Raises:
+        ConfigError: it cannot draw as `drawing` says.
+    """
+    family = blueprint.family
+    parts = {
+        name: _part(_class_of(family, name, values), values, DTYPES[dtype])
+        for name, values in blueprint.parts.items()
+    }
+    pipe = SimpleNamespace(
+        **parts,
+        **dict.fromkeys(family.tokenizers, SimpleNamespace(pad_token_id=0)),
+        scheduler=SimpleNamespace(config={}),
+        vae_scale_factor=2 ** (len(parts["vae"].config.block_out_channels) - 1),
+        default_sample_size=128,  # FLUX's, whose transformer does not name one
+    )
+    module, _, name = family.backbone.partition(":")
+    backbone: Any = getattr(importlib.import_module(module), name)(pipe, family, META, drawing)
+    if hasattr(backbone, "encoders"):
+        backbone.encoders = [
+            _Alone(e.module, e.encode, META, parked=False, capacity=0) for e in backbone.encoders
+        ]
+    return backbone
+
+
+def _class_of(family: Family, name: str, values: Values) -> Any:
+    if name in family.encoders:
+        return getattr(transformers, family.encoders[name])
+    default = family.denoiser_class if name == family.denoiser else "AutoencoderKL"
+    return getattr(diffusers, values.get("_class_name", default))
+
+
+def _part(kind: Any, values: Values, dtype: torch.dtype) -> Any:
+    """A part with the dtypes that `from_pretrained` gives it: T5 keeps some float32 in float16."""
+    with META:
+        if hasattr(kind, "config_class"):
+            module = kind(kind.config_class.from_dict(dict(values)))
+        else:
+            module = kind.from_config(dict(values))
+    kept = set(module._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
+    return module
+
+
+def adapter_shapes(family: Family, train: Sequence[str], rank: int | None) -> dict[str, LoraShape]:
+    """The adapters by the pipeline's part names; see `memory.Workload` for the arguments.
+
+    Raises:
+        ConfigError: the model lacks a part.
+    """
+    clips = [name for name, kind in family.encoders.items() if kind.startswith("CLIP")]
+    named = train or clips or list(family.encoders)[:1]
+    if missing := [name for name in named if name not in (*family.encoders, "denoiser")]:
+        raise ConfigError(
+            f"--train: a {family.pipeline} has no {missing[0]!r}; it has "
+            f"{', '.join(family.encoders)}, denoiser"
+        )
+    shapes = {}
+    for name in dict.fromkeys(named):
+        config: AdapterConfig = AdapterConfig()
+        if name == "denoiser":
+            config = DenoiserAdapterConfig()
+        elif family.encoders[name].startswith("T5"):
+            config = T5AdapterConfig()
+        part = family.denoiser if name == "denoiser" else name
+        shapes[part] = LoraShape(rank or config.rank, config.alpha, config.target_modules)
+    return shapes
