@@ -180,12 +180,12 @@ def test_guidance_that_flux_schnell_does_not_read_is_refused(tmp_path: Path) -> 
     build(tmp_path, "flux_schnell")
     backbone = load_backbone(str(tmp_path), drawing=Drawing(64, 64, max_sequence_length=16))
     sampler = Sampler(backbone, steps=2, eta=0.0, guidance_scale=3.5)
-    with pytest.raises(ConfigError, match="guidance_scale: 3.5, but this model takes no guidance"):
+    with pytest.raises(ConfigError, match=r"guidance_scale: 3.5, but this model takes no guidance"):
         sampler.sample(PROMPTS, SEEDS, 0)
 
 
 def test_clip_alone_cannot_be_parked() -> None:
-    with pytest.raises(ConfigError, match="model.park_encoders: a StableDiffusionPipeline"):
+    with pytest.raises(ConfigError, match=r"model.park_encoders: a StableDiffusionPipeline"):
         load_backbone("embedded", drawing=Drawing(park_encoders=True))
 
 

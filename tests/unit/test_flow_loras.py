@@ -11,11 +11,12 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from tests.flow_miniatures import build
+from texforce_ray import fuse
 from texforce_ray.artifacts.snapshot import LoraShape
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.errors import ConfigError
 from texforce_ray.model.adapter import Adapter
-from texforce_ray.model.adapter_files import export_adapter
+from texforce_ray.model.adapter_files import export_adapter, read_adapter
 from texforce_ray.model.backbone import load_backbone
 from texforce_ray.model.conditioning import Drawing
 
@@ -126,3 +127,30 @@ def test_an_adapter_of_an_encoder_is_not_one_of_the_transformer(tmp_path: Path) 
     export_adapter(adapter.snapshot(0), tmp_path / "text", str(base), kohya=False)
     with pytest.raises(ConfigError, match="adapter of the text_encoder, not of the transformer"):
         _images(base, tmp_path / "text")
+
+
+@pytest.mark.long
+def test_a_merged_pipeline_has_the_adapter_of_every_part_in_it(tmp_path: Path) -> None:
+    """T5's too, which no loader of diffusers reaches."""
+    base, folder = tmp_path / "pipeline", tmp_path / "adapter"
+    with torch.random.fork_rng(devices=[]):
+        build(base, "sd3")
+    backbone = load_backbone(str(base), drawing=DRAWING)
+    shapes = {
+        "text_encoder": LoraShape(2, 4.0, ("q_proj",)),
+        "text_encoder_3": LoraShape(2, 4.0, ("q", "wo")),
+        "transformer": LoraShape(2, 4.0, ("to_q",)),
+    }
+    adapter = Adapter(backbone, shapes, seed=0)
+    rng = torch.Generator().manual_seed(0)
+    for parameter in adapter.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=rng)
+    snapshot = adapter.snapshot(0)
+    export_adapter(snapshot, folder, str(base), kohya=False)
+    live = Sampler(backbone, steps=2, eta=0.0, guidance_scale=1.0).sample(PROMPTS, SEEDS, 0)[1]
+    assert fuse.main([str(folder), "--out", str(tmp_path / "out"), "--merge", str(base)]) == 0
+    assert np.abs(_images(tmp_path / "out" / "pipeline") - live.astype(int)).max() <= 1
+    assert not (tmp_path / "out" / "kohya.safetensors").exists()
+    again = read_adapter(tmp_path / "out")
+    for part, tensors in snapshot.adapters.items():
+        assert again.adapters[part].keys() == tensors.keys()

@@ -202,7 +202,8 @@ def _guess_part(config: dict[str, object], tensors: Tensors) -> str:
     blocks = ("down_blocks.", "mid_block.", "up_blocks.")
     if any(key.startswith(blocks) for key in tensors):
         return UNET
-    if any("transformer_blocks." in key or key.startswith(_TRANSFORMER) for key in tensors):
+    marks = ("transformer_blocks.", ".attention.to_")
+    if any(key.startswith(_TRANSFORMER) or any(m in key for m in marks) for key in tensors):
         return TRANSFORMER
     mapping = config.get("auto_mapping")
     named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
