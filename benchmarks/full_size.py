@@ -1,28 +1,80 @@
-"""Stable Diffusion 1.5's architecture at random weights, and a miniature to try scripts with.
+"""Published architectures at random weights, and miniatures to try scripts with.
 
-Speed does not depend on the weights' values. Nothing is downloaded.
+Speed does not depend on the weights' values. Nothing is downloaded. Stable Diffusion 3.5 medium is
+without T5, as it can be used: its transformer reads as many tokens, and does as much work.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from texforce_ray.model.published import PUBLISHED
 from texforce_ray.shapes.captions import vocabulary
 from texforce_ray.shapes.tokenizer import build_tokenizer
 
+_SD35 = PUBLISHED["sd3.5-medium"].parts
+_CLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "projection_dim": 32}  # fmt: skip
+_TINY_FLOW = {
+    "text_encoder": _CLIP,
+    "text_encoder_2": _CLIP,
+    "transformer": {"num_layers": 2, "num_attention_heads": 2, "joint_attention_dim": 96,
+                    "pooled_projection_dim": 64, "caption_projection_dim": 128,
+                    "pos_embed_max_size": 64, "dual_attention_layers": (0,), "sample_size": 8},
+    "vae": {"block_out_channels": (16, 32, 32, 32), "norm_num_groups": 8},
+}  # fmt: skip
+
 
 def make_pipeline(folder: Path, size: str) -> None:
-    """Save a pipeline of `size` ('sd15' or 'tiny') to `folder`, float16."""
-    full = size == "sd15"
+    """Save a pipeline to `folder`: 'sd15' in float16, 'sd35' in bfloat16, or a miniature of one."""
+    if size in ("sd35", "tiny-flow"):
+        _make_flow(folder, full=size == "sd35")
+    else:
+        _make_ddim(folder, full=size == "sd15")
+
+
+def _make_flow(folder: Path, *, full: bool) -> None:
+    torch.manual_seed(0)
+    parts: dict[str, dict[str, Any]] = {name: dict(values) for name, values in _SD35.items()}
+    if not full:
+        for name, smaller in _TINY_FLOW.items():
+            parts[name] |= smaller
+    dtype = torch.bfloat16 if full else torch.float32
+    tokenizer = build_tokenizer(vocabulary())
+    tokenizer.model_max_length = 77
+    clips = {}
+    device = torch.device("cuda" if full and torch.cuda.is_available() else "cpu")
+    with device:  # a GPU fills them in seconds
+        for name in ("text_encoder", "text_encoder_2"):
+            clips[name] = CLIPTextModelWithProjection(CLIPTextConfig(**parts[name])).to(dtype)
+        transformer = SD3Transformer2DModel(**parts["transformer"]).to(dtype)
+        vae = AutoencoderKL(**parts["vae"]).to(dtype)
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        **clips,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    ).save_pretrained(folder)
+
+
+def _make_ddim(folder: Path, *, full: bool) -> None:
     torch.manual_seed(0)
     text = CLIPTextConfig(
         hidden_size=768 if full else 32,

@@ -31,9 +31,9 @@ step() {  # what is measured last must not be lost with what fails first
 
 if [ "$SIZE" = sd15 ]; then
   nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv | tee "$OUT/device.csv"
-  samples=32 compile=--compile
+  samples=32 compile=--compile flow=sd35
 else
-  samples=16 compile=
+  samples=16 compile= flow=tiny-flow
 fi
 if "$PYTHON" -c "import pytest, pytest_timeout" 2>/dev/null; then
   step "$PYTHON" -m pytest -q -m gpu tests/gpu
@@ -43,6 +43,7 @@ fi
 step "$PYTHON" benchmarks/truth.py --size "$SIZE" $compile
 step "$PYTHON" benchmarks/released.py --size "$SIZE" --no-ray --samples $samples --rounds 1
 step "$PYTHON" benchmarks/utilisation.py --size "$SIZE"
+step "$PYTHON" benchmarks/utilisation.py --size "$flow"
 step "$PYTHON" benchmarks/numerics.py
 if [ "$OUT" != benchmarks/results ]; then cp benchmarks/results/*.json benchmarks/results/*.md "$OUT"; fi
 echo "results in $OUT"

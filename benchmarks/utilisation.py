@@ -1,10 +1,12 @@
 """How near to the device's limit rollout and learner are, and what eats the rest.
 
-    python benchmarks/utilisation.py [--size sd15|tiny|shapes] [--device auto] [key.sub=value ...]
+    python benchmarks/utilisation.py [--size NAME] [--device auto] [key.sub=value ...]
 
 Model FLOPs over time, as a share of this run's best matrix product in the networks' dtype, for each
-batch size; peak memory; and the operations that take longest. Writes
-benchmarks/results/utilisation.json and .md.
+batch size; samples/s of rollout and whole loop (one after the other); peak memory; and the
+operations that take longest. Sizes: sd15 and sd35 (published architectures at random weights), tiny
+and tiny-flow (to try the script with), shapes. Writes benchmarks/results/utilisation[-NAME].json
+and .md.
 """
 
 from __future__ import annotations
@@ -25,13 +27,20 @@ from torch.profiler import ProfilerActivity, profile
 from texforce_ray.config import Config
 from texforce_ray.config.io import load_config
 from texforce_ray.diffusion.sampler import Sampler
-from texforce_ray.model.backbone import load_backbone
+from texforce_ray.model.backbone import load_config_backbone
 from texforce_ray.model.flops import matmul_peak, pair_flops, sample_flops
 from texforce_ray.rl.ppo_learner import PpoLearner
 from texforce_ray.rl.sharding import UpdateBatch
 
 _SHOWN = 8
-SIZES = {"sd15": (2, 4, 8, 16, 32), "tiny": (2, 4), "shapes": (8, 32)}
+SIZES = {
+    "sd15": (2, 4, 8, 16, 32),
+    "sd35": (4, 8, 16, 32),
+    "tiny": (2, 4),
+    "tiny-flow": (2, 4),
+    "shapes": (8, 32),
+}
+_DTYPES = {"sd15": "float16", "sd35": "bfloat16"}
 
 
 class Work:
@@ -39,17 +48,11 @@ class Work:
 
     def __init__(self, config: Config, device: str) -> None:
         self.config = config
-        self.backbone = load_backbone(config.model.path, dtype=config.model.dtype, device=device)
-        self.learner = PpoLearner(self.backbone, config)
-        d = config.diffusion
-        self.sampler = Sampler(
-            self.backbone,
-            steps=d.steps,
-            eta=d.eta,
-            guidance_scale=d.guidance_scale,
-            storage_dtype=d.storage_dtype,
-            decode_batch_size=config.rollout.decode_batch_size,
+        self.backbone = load_config_backbone(
+            config.changed({"model.device": device}), float(device == "cuda")
         )
+        self.learner = PpoLearner(self.backbone, config)
+        self.sampler = Sampler.of(self.backbone, config).at(config, 0)
 
     def flops(self, size: int) -> tuple[int, int]:
         """Of the rollout and of the update."""
@@ -127,6 +130,8 @@ def main() -> None:
                     "learner": trained / update / peak,
                     "rollout_samples_per_second": size / rollout,
                     "learner_samples_per_second": size / update,
+                    "loop": (sampled + trained) / (rollout + update) / peak,
+                    "loop_samples_per_second": size / (rollout + update),
                     "rollout_bytes": rollout_bytes,
                     "learner_bytes": update_bytes,
                     "peak_flops": peak,
@@ -137,20 +142,23 @@ def main() -> None:
                 "learner": longest(device, lambda: work.update(size, trajectory)),  # noqa: B023
             }
     table = [
-        "| batch | rollout of peak | learner of peak | rollout GiB | learner GiB |",
-        "| --- | --- | --- | --- | --- |",
+        "| batch | rollout of peak | learner of peak | loop of peak | rollout samples/s "
+        "| loop samples/s | rollout GiB | learner GiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         memory = [f"{row[key] / 2**30:.1f}" for key in ("rollout_bytes", "learner_bytes")]
         table.append(
-            f"| {row['size']} | {row['rollout']:.1%} | {row['learner']:.1%} "
+            f"| {row['size']} | {row['rollout']:.1%} | {row['learner']:.1%} | {row['loop']:.1%} "
+            f"| {row['rollout_samples_per_second']:.2f} | {row['loop_samples_per_second']:.2f} "
             f"| {' | '.join(memory)} |"
         )
     for phase, found in shares.items():
         table += ["", f"longest in the {phase}: "]
         table[-1] += ", ".join(f"{key} {share:.0%}" for key, share in found)
     device_name = torch.cuda.get_device_name() if name == "cuda" else "cpu"
-    write("utilisation", {"device": device_name, "rows": rows, "longest": shares}, table)
+    title = "utilisation" + ("" if options.size == "shapes" else f"-{options.size}")
+    write(title, {"device": device_name, "rows": rows, "longest": shares}, table)
 
 
 def _config(options: argparse.Namespace, folder: Path, size: int) -> Config:
@@ -159,9 +167,17 @@ def _config(options: argparse.Namespace, folder: Path, size: int) -> Config:
         path = folder / "pipeline"
         if not path.exists():
             make_pipeline(path, options.size)
-        dtype = "float16" if options.size == "sd15" else "float32"
+        dtype = _DTYPES.get(options.size, "float32")
         overrides += [f"model.path={path}", f"model.dtype={dtype}", "objective.decoupled=never"]
-        overrides += ["diffusion.steps=10"]  # of 50: a step costs the same whichever it is
+        overrides += ["diffusion.steps=10"]  # of SD's 50: a step costs the same whichever it is
+        overrides += ["objective.trust=clip"]  # a mask by KL needs exact means
+        if options.size in ("sd35", "tiny-flow"):
+            side = 512 if options.size == "sd35" else 64
+            overrides += [
+                "diffusion.process=flow", "diffusion.window={}", f"diffusion.height={side}",
+                f"diffusion.width={side}", "diffusion.guidance_scale=1",
+                "learner.gradient_checkpointing=true",
+            ]  # fmt: skip
     return load_config(
         ROOT / "configs" / "shapes.yaml",
         [

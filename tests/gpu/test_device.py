@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.flow_miniatures import MINIATURES
+from tests.flow_miniatures import build as build_flow
 from tests.miniatures import FAMILIES, build
 from texforce_ray.config import Config
 from texforce_ray.config.io import make_config
@@ -80,6 +82,39 @@ def test_two_updates_agree_with_the_sampler_and_with_float32(
         if dtype != "float32" and not iteration:
             assert metrics["learner/gradient_agreement"] > 0.9
             assert metrics["learner/gradient_zeros"] < 0.01
+    assert learner.learned().snapshot.changes
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", list(MINIATURES))
+def test_flow_models_update_there(name: str, dtype: str, compiled: bool, tmp_path: Path) -> None:
+    if compiled and (DEVICE == "cpu" or name not in ("sd35", "flux_dev")):
+        pytest.skip("compiled on a GPU alone, one of a kind")
+    mini = MINIATURES[name]
+    build_flow(tmp_path / "pipeline", name)
+    adapters = {
+        part: {"rank": 4, "alpha": 4.0, "target_modules": modules}
+        for part, modules in mini.lora.items()
+    }
+    absent = {part: None for part in ("text_encoder_2",) if part not in adapters}
+    plain = _config(tmp_path / "pipeline", dtype, steps=4, guidance=1.0, compiled=compiled)
+    flow = {"process": "flow", "kernel": "cps", "eta": 0.8, "window": {"size": 2},
+            "guidance_scale": mini.guidance, "height": 64, "width": 64,
+            "max_sequence_length": mini.length}  # fmt: skip
+    values = plain.model_dump()
+    values["model"]["park_encoders"] = True
+    config = make_config(
+        values | {"lora": absent | adapters, "diffusion": values["diffusion"] | flow}
+    )
+    learner = PpoLearner(load_config_backbone(config, 1.0), config)
+    assert learner.backbone.device.type == DEVICE
+    sampler = Sampler.of(learner.backbone, config)
+    for iteration in range(2):
+        trajectory, _ = sampler.at(config, iteration).sample(PROMPTS, SEEDS, iteration)
+        batch = UpdateBatch(trajectory, np.array([1.0, -1.0]), np.ones(2, dtype=bool))
+        metrics = learner.update(batch)
+        assert metrics["ppo/ratio_error_first_pass"] < (1e-4 if dtype == "float32" else 0.1)
     assert learner.learned().snapshot.changes
 
 
