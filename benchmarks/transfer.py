@@ -1,0 +1,182 @@
+"""What an adapter is still worth elsewhere: with other words, and on another model.
+
+    python benchmarks/transfer.py                  # what is missing, then the tables
+    python benchmarks/transfer.py --only flow-text --seeds 0
+    python benchmarks/transfer.py --page           # only the tables, from the kept results
+
+Two questions in the shapes world. Paraphrases: does an adapter of the text encoders hold up better
+than one of the transformer, at the same reward, when prompts say the same in words that were never
+trained on? Another model: is an adapter of the text encoder that the DDIM pipeline and the flow
+pipeline share worth something on the one that it was not trained on? Each run is one file in
+docs/results/transfer, so an interrupted benchmark resumes where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.transfer_page import KEPT, write_page  # noqa: E402
+from texforce_ray.files import atomic_write_text  # noqa: E402
+from texforce_ray.shapes.scene import Item, Scene  # noqa: E402
+
+SEEDS = (0, 1, 2)
+IMAGES = 24  # of each wording
+_BATCH = 32
+_FLOW = "configs/shapes-flow.yaml"
+# Name: the config, and what differs from it.
+RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "flow-text": (_FLOW, ()),
+    "flow-transformer": (
+        _FLOW,
+        ("lora.text_encoder=null", "lora.text_encoder_2=null", "lora.text_encoder_3=null",
+         "lora.denoiser={rank: 16, alpha: 16}", "optimizer.lr=2e-3"),
+    ),
+    "flow-shared": (_FLOW, ("lora.text_encoder_2=null", "lora.text_encoder_3=null")),
+    "ddim-shared": ("configs/shapes.yaml", ()),
+}  # fmt: skip
+# Where each is evaluated besides its own model: on the one whose first encoder is the same.
+OTHER = {"flow-shared": "configs/shapes.yaml", "ddim-shared": _FLOW}
+
+
+def wordings(scene: Scene) -> dict[str, str]:
+    """A scene in words that plain captions do not use, by the kind of change. No training.
+
+    The words themselves are all known; their order is new, but for that of 'swapped', in which the
+    base model has seen other scenes.
+    """
+    first, second = scene.items[0], scene.items[-1]
+    if scene.count > 1:
+        from texforce_ray.shapes.scene import COUNTS
+
+        count, many = COUNTS[scene.count], f"{first.color} {first.form}s"
+        return {
+            "article": f"the {count} {many}",
+            "apart": f"{count} {first.form}s their color is {first.color}",
+            "turned": f"{many} {count} of",
+        }
+    if len(scene.items) == 1:
+        return {
+            "article": f"the {first.color} {first.form}",
+            "one": f"one {first.color} {first.form}",
+            "apart": f"a {first.form} its color is {first.color}",
+            "turned": f"a {first.form} {first.color}",
+        }
+    relation = scene.relation or "and"
+    one, other = (_named(item) for item in (first, second))
+    back = _OPPOSITE.get(relation, "and")
+    return {
+        "article": f"the {one} {relation} the {other}",
+        "one": f"one {one} {relation} one {other}",
+        "swapped": f"a {other} {back} a {one}",
+    }
+
+
+_OPPOSITE = {
+    "above": "below", "below": "above",
+    "to the left of": "to the right of", "to the right of": "to the left of",
+}  # fmt: skip
+
+
+def _named(item: Item) -> str:
+    return f"{item.color} {item.form}"
+
+
+def perform(name: str, seed: int) -> None:
+    """Train, measure after every other iteration, and keep the result."""
+    import torch
+
+    from benchmarks.one_process import OneProcess
+    from texforce_ray.config.io import load_config
+
+    file, overrides = RUNS[name]
+    config = load_config(ROOT / file, [f"seed={seed}", *overrides])
+    torch.set_num_threads(2)
+    process = OneProcess(config)
+    points = [{"iteration": 0, **_measured(process)}]
+    for metrics in process.iterations():
+        if metrics["iteration"] % 2 == 0:
+            points.append({"iteration": metrics["iteration"], **_measured(process)})
+            print(f"{name}, seed {seed}: {points[-1]}", flush=True)
+    answer: dict[str, Any] = {"overrides": overrides, "points": points}
+    if name in OTHER:
+        answer["elsewhere"] = _elsewhere(OTHER[name], process)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(KEPT / f"{name}-{seed}.json", json.dumps(answer) + "\n")
+
+
+def _measured(process: Any) -> dict[str, float]:
+    """Mean rewards on the trained phrases and on each kind of other wording, as stock draws."""
+    from texforce_ray.shapes.captions import understand
+
+    config = process.config
+    sampler = process.sampler.drawing(
+        config.evaluation_guidance, config.evaluation_eta, config.evaluation_steps
+    )
+    trained = [(prompt.text, understand(prompt.text)) for prompt in process.prompts]
+    asked = {"trained": trained}
+    for _, scene in trained:
+        for kind, text in wordings(scene).items():
+            asked.setdefault(kind, []).append((text, scene))
+    return {kind: _score(sampler, pairs) for kind, pairs in asked.items()}
+
+
+def _score(sampler: Any, pairs: Sequence[tuple[str, Scene]]) -> float:
+    import numpy as np
+
+    from texforce_ray import randomness
+    from texforce_ray.shapes import detector
+
+    texts = [text for text, _ in pairs for _ in range(IMAGES)]
+    scenes = [scene for _, scene in pairs for _ in range(IMAGES)]
+    seeds = randomness.noise_seeds(1_000_003, 0, len(texts), randomness.EVALUATION)
+    parts = [slice(first, first + _BATCH) for first in range(0, len(texts), _BATCH)]
+    images = np.concatenate([sampler.sample(texts[p], seeds[p], 0)[1] for p in parts])
+    scores = [detector.score(image, scene) for image, scene in zip(images, scenes, strict=True)]
+    return round(float(np.mean(scores)), 4)
+
+
+def _elsewhere(file: str, process: Any) -> dict[str, dict[str, float]]:
+    """The trained adapter of the first text encoder on the other model: base, and tuned."""
+    from benchmarks.one_process import OneProcess
+    from texforce_ray.artifacts.snapshot import PolicySnapshot
+    from texforce_ray.config.io import load_config
+    from texforce_ray.model.adapter import Adapter
+
+    learned = process.learner.learned()
+    trained = learned.snapshot if learned.average is None else learned.average
+    part = "text_encoder"
+    alone = PolicySnapshot(0, {part: trained.shapes[part]}, {part: trained.adapters[part]})
+    other = OneProcess(load_config(ROOT / file))
+    other.learner.adapter.remove()
+    base = _measured(other)
+    Adapter(other.learner.backbone, alone.shapes, seed=0).load_weights(alone.adapters)
+    return {"base": base, "tuned": _measured(other)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--only", choices=tuple(RUNS), nargs="+", default=tuple(RUNS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--page", action="store_true", help="only write the tables")
+    options = parser.parse_args()
+    if not options.page:
+        from common import as_in_an_actor
+
+        as_in_an_actor()
+        for seed in options.seeds:
+            for name in options.only:
+                if not (KEPT / f"{name}-{seed}.json").exists():
+                    perform(name, seed)
+    write_page()
+
+
+if __name__ == "__main__":
+    main()
