@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import StableDiffusion3Pipeline
 from safetensors.numpy import load_file
 
 from texforce_ray.artifacts.location import EMBEDDED
 from texforce_ray.errors import ConfigError
-from texforce_ray.shapes import pretraining
-from texforce_ray.shapes.recipe import Recipe
+from texforce_ray.shapes import flow_pretraining, pretraining
+from texforce_ray.shapes.recipe import RECIPES, Recipe
 
 # Two saves in each stage, and odd counts: a stop may fall between them.
 TINY = Recipe(vae_steps=3, vae_batch=2, drawings=8, steps=5, batch=2, warmup=1, save_every=2)
@@ -53,6 +55,39 @@ def test_a_killed_pretraining_resumes_to_the_same_weights(
     whole, killed = _weights(tmp_path / "whole"), _weights(tmp_path / "killed")
     assert whole.keys() == killed.keys()
     assert all(np.array_equal(whole[key], killed[key]) for key in whole)
+
+
+@pytest.mark.long
+def test_a_killed_flow_pretraining_resumes_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(RECIPES["flow"], drawings=8, steps=4, batch=2, warmup=1, save_every=2)
+    flow_pretraining.pretrain_flow(recipe, tmp_path / "whole", tmp_path / "whole.work")
+    updates, done = flow_pretraining.update, 0
+
+    def dies(*arguments: object) -> None:
+        nonlocal done
+        if done == 3:
+            raise KeyboardInterrupt
+        done += 1
+        updates(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(flow_pretraining, "update", dies)
+    with pytest.raises(KeyboardInterrupt):
+        flow_pretraining.pretrain_flow(recipe, tmp_path / "killed", tmp_path / "killed.work")
+    monkeypatch.setattr(flow_pretraining, "update", updates)
+    flow_pretraining.pretrain_flow(recipe, tmp_path / "killed", tmp_path / "killed.work")
+    whole, killed = _weights(tmp_path / "whole"), _weights(tmp_path / "killed")
+    assert whole.keys() == killed.keys()
+    assert all(np.array_equal(whole[key], killed[key]) for key in whole)
+    # What it shares with the DDIM pipeline is not trained.
+    shared, own = _weights(EMBEDDED), whole
+    body = [key for key in shared if key.startswith("text_encoder/")]
+    assert all(np.array_equal(shared[key].astype(np.float16), own[key]) for key in body)
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "whole")
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a green circle", num_inference_steps=1, max_sequence_length=20).images[0]
+    assert image.size == (64, 64)
 
 
 @pytest.mark.parametrize("which", ["embedded", "new"])
