@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from texforce_ray.shapes import data
+from texforce_ray.shapes.recipe import Recipe
 
 _CORES_IN_USE = 2  # the training's own process and its drivers
 
@@ -61,33 +62,23 @@ class Captioned(Dataset[Any]):
     `mean` and `std` (float32 [N, 4, 8, 8], scaled) are the VAE's posterior of each drawing.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        batch: int,
-        steps: int,
-        latents: tuple[Tensor, Tensor],
-        *,
-        careful: float,
-        caption_dropout: float,
-    ):
-        self.seed, self.batch, self.steps = seed, batch, steps
+    def __init__(self, recipe: Recipe, latents: tuple[Tensor, Tensor]):
+        self.recipe, self.batch = recipe, recipe.batch
         self.mean, self.std = latents
-        self.careful, self.caption_dropout = careful, caption_dropout
-        self.captioners = [data.draw(2 * seed, i).caption for i in range(len(self.mean))]
+        self.captioners = [data.draw(2 * recipe.seed, i).caption for i in range(len(self.mean))]
 
     def __len__(self) -> int:
-        return self.steps
+        return self.recipe.steps
 
     def drawn(self, step: int) -> tuple[list[str], Tensor, Tensor, torch.Generator]:
         """Captions, latents and unit noise of a step, and the generator for what else it draws."""
-        rng = np.random.default_rng([self.seed, 1, step])
+        rng = np.random.default_rng([self.recipe.seed, 1, step])
         torch_rng = torch.Generator().manual_seed(int(rng.integers(2**62)))
         chosen = rng.integers(len(self.mean), size=self.batch)
         captions = [
             ""
-            if rng.random() < self.caption_dropout
-            else self.captioners[i](rng, bool(rng.random() < self.careful))
+            if rng.random() < self.recipe.caption_dropout
+            else self.captioners[i](rng, bool(rng.random() < self.recipe.careful))
             for i in chosen
         ]
         rows = torch.from_numpy(chosen)
@@ -105,20 +96,13 @@ class NoisyLatents(Captioned):
 
     def __init__(
         self,
-        seed: int,
-        batch: int,
-        steps: int,
+        recipe: Recipe,
         latents: tuple[Tensor, Tensor],
         alphas: Tensor,
         levels: Tensor,
         tokenizer: CLIPTokenizer,
-        *,
-        careful: float,
-        caption_dropout: float,
     ):
-        super().__init__(
-            seed, batch, steps, latents, careful=careful, caption_dropout=caption_dropout
-        )
+        super().__init__(recipe, latents)
         self.alphas, self.levels = alphas, levels
         self.ids = _remembered(tokenizer)
 
@@ -139,20 +123,11 @@ class FlowLatents(Captioned):
 
     def __init__(
         self,
-        seed: int,
-        batch: int,
-        steps: int,
+        recipe: Recipe,
         latents: tuple[Tensor, Tensor],
-        shift: float,
         tokenizers: tuple[CLIPTokenizer, T5Tokenizer],
-        *,
-        careful: float,
-        caption_dropout: float,
     ):
-        super().__init__(
-            seed, batch, steps, latents, careful=careful, caption_dropout=caption_dropout
-        )
-        self.shift = shift
+        super().__init__(recipe, latents)
         self.ids, self.t5_ids = map(_remembered, tokenizers)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -160,7 +135,8 @@ class FlowLatents(Captioned):
         ids = torch.tensor([self.ids(caption) for caption in captions])
         t5_ids = torch.tensor([self.t5_ids(caption) for caption in captions])
         level = torch.randn(self.batch, generator=torch_rng).sigmoid()
-        level = self.shift * level / (1 + (self.shift - 1) * level)
+        shift = self.recipe.shift
+        level = shift * level / (1 + (shift - 1) * level)
         sigma = level[:, None, None, None]
         return ids, t5_ids, (1 - sigma) * x + sigma * noise, 1000 * level, noise - x
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
@@ -32,13 +31,15 @@ from texforce_ray.shapes.flow_networks import (
 from texforce_ray.shapes.older_versions import name_as_older_versions_do, write_vocabulary
 from texforce_ray.shapes.pretraining import check_recipe, encode_drawings
 from texforce_ray.shapes.recipe import Recipe
-from texforce_ray.shapes.stages import Stage, laid_out_as
+from texforce_ray.shapes.stages import Stage
 from texforce_ray.shapes.tokenizer import build_tokenizer
 from texforce_ray.shapes.training import (
     SHOW_EVERY,
+    averaged,
     cosine,
     device_of,
     mixed_precision,
+    resumed,
     steps_of,
     update,
 )
@@ -88,24 +89,9 @@ def train_flow(
         predict = torch.compile(networks, mode="reduce-overhead" if device.type == "cuda" else None)
     parameters = networks.trained()
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    averages = EMAModel(parameters, decay=recipe.ema_decay, foreach=True)
     stage = Stage(work / "flow", {"flow": networks}, optimizer)
-    if start := stage.load():
-        averages.shadow_params = [
-            laid_out_as(parameter, stage.extra[f"ema.{i}"])
-            for i, parameter in enumerate(parameters)
-        ]
-        averages.optimization_step = start
-    batches = FlowLatents(
-        recipe.seed,
-        recipe.batch,
-        recipe.steps,
-        latents,
-        recipe.shift,
-        (tokenizer, t5_tokenizer),
-        careful=recipe.careful,
-        caption_dropout=recipe.caption_dropout,
-    )
+    start, averages = resumed(stage, parameters, recipe.ema_decay)
+    batches = FlowLatents(recipe, latents, (tokenizer, t5_tokenizer))
     for step, batch, bar in steps_of(stage, start, batches, recipe.save_every, "MM-DiT"):
         ids, t5_ids, noisy, t, velocity = (b.to(device, non_blocking=True) for b in batch)
         # Fused attention's backward pass is slow in bfloat16 on a CPU.
@@ -113,8 +99,7 @@ def train_flow(
             output = predict(ids, t5_ids, noisy, t)
         loss = (output.float() - velocity).square().mean()
         update(optimizer, parameters, loss, recipe.lr * cosine(step, recipe.steps, recipe.warmup))
-        averages.step(parameters)
-        stage.extra = {f"ema.{i}": p for i, p in enumerate(averages.shadow_params)}
+        averaged(stage, averages, parameters)
         if step % SHOW_EVERY == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     averages.copy_to(parameters)

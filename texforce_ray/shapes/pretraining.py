@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -34,13 +33,15 @@ from texforce_ray.shapes.networks import (
 )
 from texforce_ray.shapes.older_versions import name_as_older_versions_do, write_vocabulary
 from texforce_ray.shapes.recipe import Recipe
-from texforce_ray.shapes.stages import Stage, laid_out_as
+from texforce_ray.shapes.stages import Stage
 from texforce_ray.shapes.tokenizer import build_tokenizer
 from texforce_ray.shapes.training import (
     SHOW_EVERY,
+    averaged,
     cosine,
     device_of,
     mixed_precision,
+    resumed,
     steps_of,
     update,
 )
@@ -141,34 +142,18 @@ def train_unet(
         predict = torch.compile(predict, mode="reduce-overhead" if device.type == "cuda" else None)
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    averages = EMAModel(parameters, decay=recipe.ema_decay, foreach=True)
     stage = Stage(work / "unet", {"unet": unet, "text_encoder": text_encoder}, optimizer)
-    if start := stage.load():
-        averages.shadow_params = [
-            laid_out_as(parameter, stage.extra[f"ema.{i}"])
-            for i, parameter in enumerate(parameters)
-        ]
-        averages.optimization_step = start
+    start, averages = resumed(stage, parameters, recipe.ema_decay)
     alphas = build_scheduler().alphas_cumprod
-    batches = NoisyLatents(
-        recipe.seed,
-        recipe.batch,
-        recipe.steps,
-        latents,
-        alphas,
-        _noise_levels(alphas, recipe.most_weight),
-        tokenizer,
-        careful=recipe.careful,
-        caption_dropout=recipe.caption_dropout,
-    )
+    levels = _noise_levels(alphas, recipe.most_weight)
+    batches = NoisyLatents(recipe, latents, alphas, levels, tokenizer)
     for step, batch, bar in steps_of(stage, start, batches, recipe.save_every, "U-Net"):
         ids, noisy, t, noise = (tensor.to(device, non_blocking=True) for tensor in batch)
         with mixed_precision(device):
             output = predict(ids, noisy.contiguous(memory_format=torch.channels_last), t)
         loss = (output.float() - noise).square().mean()
         update(optimizer, parameters, loss, recipe.lr * cosine(step, recipe.steps, recipe.warmup))
-        averages.step(parameters)
-        stage.extra = {f"ema.{i}": p for i, p in enumerate(averages.shadow_params)}
+        averaged(stage, averages, parameters)
         if step % SHOW_EVERY == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     averages.copy_to(parameters)

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from texforce_ray.shapes.batches import in_order
-from texforce_ray.shapes.stages import Stage
+from texforce_ray.shapes.stages import Stage, laid_out_as
 
 SHOW_EVERY = 20  # steps
 
@@ -57,3 +58,21 @@ def update(
     nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     optimizer.zero_grad()  # before the next forward pass, which overwrites a CUDA graph's gradients
+
+
+def resumed(stage: Stage, parameters: list[nn.Parameter], decay: float) -> tuple[int, EMAModel]:
+    """The step from which a stage with averaged weights continues, and its averages."""
+    averages = EMAModel(parameters, decay=decay, foreach=True)
+    if start := stage.load():
+        averages.shadow_params = [
+            laid_out_as(parameter, stage.extra[f"ema.{i}"])
+            for i, parameter in enumerate(parameters)
+        ]
+        averages.optimization_step = start
+    return start, averages
+
+
+def averaged(stage: Stage, averages: EMAModel, parameters: list[nn.Parameter]) -> None:
+    """Add a step's weights to the averages, which the stage saves."""
+    averages.step(parameters)
+    stage.extra = {f"ema.{i}": p for i, p in enumerate(averages.shadow_params)}
