@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.rank is not None and options.rank < 1:
         raise ConfigError(f"--rank: {options.rank} should be at least 1")
     terms = [weighted(text) for text in options.adapters]
-    from texforce_ray.artifacts.location import adapter_files, has_unet, layers_per_block
+    from texforce_ray.artifacts.location import adapter_files, known_pipeline, layers_per_block
     from texforce_ray.files import check_writable
 
     for _, path in terms:
@@ -88,12 +88,14 @@ def _run(options: argparse.Namespace) -> None:
     from texforce_ray.model.fusion import compress, fuse
 
     blocks = layers_per_block(base)
-    adapters = [(weight, read_adapter(path, None, blocks)) for weight, path in terms]
+    pipeline = known_pipeline(base)
+    adapters = [(w, read_adapter(path, None, blocks, pipeline=pipeline)) for w, path in terms]
     result, error = fuse(adapters), 0.0
     exact = {part: shape.rank for part, shape in result.shapes.items()}
     if options.rank is not None:
         result, error = compress(result, options.rank)
-    export_adapter(result, options.out, base, kohya=has_unet(base))
+    unet = _has_unet(pipeline, adapters, [path for _, path in terms])
+    export_adapter(result, options.out, base, kohya=unet)
     summary = {
         "out": str(options.out),
         "base": base,
@@ -114,6 +116,24 @@ def _run(options: argparse.Namespace) -> None:
         _sweep(options, adapters, base)
         print(f"sweep: {options.out / 'sweep.png'}")
     print(json.dumps(summary))
+
+
+def _has_unet(
+    pipeline: str | None, adapters: list[tuple[float, PolicySnapshot]], paths: list[Path]
+) -> bool:
+    """Whether the base is a Stable Diffusion, whose names kohya's file has.
+
+    If the base is not here: by the adapters, whose own exports have that file for U-Nets alone.
+    """
+    from texforce_ray.artifacts.families import FAMILIES
+    from texforce_ray.artifacts.location import KOHYA_FILE
+    from texforce_ray.artifacts.snapshot import UNET
+
+    if pipeline is not None:
+        return FAMILIES[pipeline].denoiser == UNET
+    parts = [UNET in adapter.adapters for _, adapter in adapters]
+    files = [path.is_file() or (path / KOHYA_FILE).is_file() for path in paths]
+    return all(map(any, zip(parts, files, strict=True)))
 
 
 def _base(paths: list[Path]) -> str:

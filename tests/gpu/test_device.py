@@ -104,6 +104,7 @@ def test_flow_models_update_there(name: str, dtype: str, compiled: bool, tmp_pat
             "max_sequence_length": mini.length}  # fmt: skip
     values = plain.model_dump()
     values["model"]["park_encoders"] = True
+    values["optimizer"]["ema_decay"] = 0.9
     config = make_config(
         values | {"lora": absent | adapters, "diffusion": values["diffusion"] | flow}
     )

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from tests.flow_miniatures import build
 from texforce_ray.artifacts.snapshot import LoraShape
+from texforce_ray.config.io import make_config
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.errors import ConfigError
 from texforce_ray.model.adapter import Adapter
-from texforce_ray.model.backbone import Backbone, load_backbone
+from texforce_ray.model.backbone import Backbone, load_backbone, load_config_backbone
 from texforce_ray.model.conditioning import Drawing
 from texforce_ray.model.encoders import TextEncoder
 
@@ -180,7 +181,7 @@ def test_guidance_that_flux_schnell_does_not_read_is_refused(tmp_path: Path) -> 
     build(tmp_path, "flux_schnell")
     backbone = load_backbone(str(tmp_path), drawing=Drawing(64, 64, max_sequence_length=16))
     sampler = Sampler(backbone, steps=2, eta=0.0, guidance_scale=3.5)
-    with pytest.raises(ConfigError, match=r"guidance_scale: 3.5, but this model takes no guidance"):
+    with pytest.raises(ConfigError, match=r"guidance_scale: 3.5, but this model takes no guida"):
         sampler.sample(PROMPTS, SEEDS, 0)
 
 
@@ -192,6 +193,25 @@ def test_clip_alone_cannot_be_parked() -> None:
 def test_a_length_means_nothing_to_clip_alone() -> None:
     with pytest.raises(ConfigError, match="max_sequence_length: 16, but the text encoders"):
         load_backbone("embedded", drawing=DRAWING)
+
+
+def test_a_length_that_the_stock_pipeline_refuses_is_refused(sd3: Path) -> None:
+    with pytest.raises(ConfigError, match="max_sequence_length: 600; a StableDiffusion3Pipeline t"):
+        load_backbone(str(sd3), drawing=Drawing(max_sequence_length=600))
+
+
+def test_a_model_that_takes_no_guidance_is_refused_before_the_end_of_a_run(tmp_path: Path) -> None:
+    build(tmp_path, "flux_schnell")
+    config = make_config(
+        {
+            "model": {"path": str(tmp_path)},
+            "diffusion": {"process": "flow", "height": 64, "width": 64, "guidance_scale": 1,
+                          "window": {"size": 1}},
+            "eval": {"guidance_curve": [1, 3.5]},
+        }
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"guidance_scale: 3\.5, but this model takes no gui"):
+        load_config_backbone(config, 0)
 
 
 def test_a_compiled_transformer_sees_one_shape_whatever_the_prompts_are(sd3: Path) -> None:

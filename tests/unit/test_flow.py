@@ -13,7 +13,6 @@ from torch import Tensor
 from texforce_ray.config.io import make_config
 from texforce_ray.diffusion.flow import KERNELS, Flow
 from texforce_ray.diffusion.flow_scheduler import SeededFlowScheduler
-from texforce_ray.diffusion.window import window_steps
 from texforce_ray.errors import ConfigError
 
 NOISY = [kernel for kernel in KERNELS if kernel != "ode"]
@@ -130,8 +129,8 @@ def test_steps_outside_a_window_are_the_odes() -> None:
 
 def _windows(**window: object) -> list[list[int]]:
     config = make_config({"diffusion": {"process": "flow", "steps": 10, "window": window}})
-    found = [window_steps(config, iteration) for iteration in range(60)]
-    assert found == [window_steps(config, iteration) for iteration in range(60)]
+    found = [config.window_steps(iteration) for iteration in range(60)]
+    assert found == [config.window_steps(iteration) for iteration in range(60)]
     return [steps for steps in found if steps is not None]
 
 
@@ -146,14 +145,43 @@ def test_a_window_is_drawn_once_an_iteration_from_its_range() -> None:
     [
         ({"kernel": "flow"}, "kernel: 'flow' is for flow-matching models"),
         ({"process": "flow", "kernel": "ode", "eta": 0.5}, "eta: 0.5 with kernel 'ode'"),
-        ({"window": {"size": 4, "within": [0, 3]}}, r"4 steps within \[0, 3\] of 10"),
-        ({"window": {"size": 2, "within": [8, 12]}}, r"within \[8, 12\] of 10"),
+        (
+            {"process": "flow", "window": {"size": 4, "within": [0, 3]}},
+            r"4 steps within \[0, 3\] of 10",
+        ),
+        ({"process": "flow", "window": {"size": 2, "within": [8, 12]}}, r"within \[8, 12\] of 10"),
+        ({"window": {}}, "window: limits the noise of flow-matching models"),
+        ({"process": "flow", "eta": 0, "window": {}}, "window: .* eta 0, which adds no noise"),
         ({"process": "flow", "kernel": "ode"}, "PPO has no likelihood"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(diffusion: dict, wanted: str) -> None:
     with pytest.raises(ConfigError, match=wanted):
         make_config({"diffusion": {"steps": 10, **diffusion}})
+
+
+@pytest.mark.parametrize(
+    ("sections", "wanted"),
+    [
+        ({"objective": {"timestep_choice": "first"}}, "timestep_choice: 'first' has no effect"),
+        ({"objective": {"timestep_fraction": 0.3}}, "timestep_fraction: 0.3 has no effect with"),
+    ],
+)
+def test_a_window_leaves_no_choice_of_steps(sections: dict, wanted: str) -> None:
+    flow = {"process": "flow", "steps": 10, "window": {}}
+    with pytest.raises(ConfigError, match=wanted):
+        make_config({"diffusion": flow, **sections})
+
+
+def test_evaluations_of_a_kernel_without_noise_have_none() -> None:
+    with pytest.raises(ConfigError, match=r"eval.eta: 0.5 with diffusion.kernel 'ode'"):
+        make_config(
+            {
+                "diffusion": {"process": "flow", "kernel": "ode"},
+                "objective": {"kind": "nft"},
+                "eval": {"eta": 0.5},
+            }
+        )
 
 
 def test_each_kernel_has_its_authors_noise() -> None:
@@ -175,6 +203,11 @@ def test_the_scheduler_names_what_it_lacks() -> None:
     x = torch.zeros(2, 4, 8, 8)
     with pytest.raises(ValueError, match=r"2 samples, but generators\(seeds\) was called for 0"):
         ours.step(x, ours.timesteps[0], x)
+    ours = SeededFlowScheduler.of(stock)
+    ours.set_timesteps(3)
+    ours.generators([1])
+    with pytest.raises(ValueError, match="latent_size: needed for a pipeline that packs"):
+        ours.step(torch.zeros(1, 16, 16), ours.timesteps[0], torch.zeros(1, 16, 16))
     ours = SeededFlowScheduler.of(stock, latent_size=(8, 4))
     ours.set_timesteps(3)
     ours.generators([1])

@@ -21,10 +21,11 @@ from texforce_ray.config import Config
 from texforce_ray.config.io import make_config
 from texforce_ray.diffusion.flow_scheduler import SeededFlowScheduler
 from texforce_ray.diffusion.sampler import Sampler
-from texforce_ray.diffusion.window import window_steps
+from texforce_ray.errors import ConfigError
 from texforce_ray.model.adapter import Adapter
 from texforce_ray.model.adapter_files import export_adapter, read_adapter
 from texforce_ray.model.backbone import Backbone, load_config_backbone
+from texforce_ray.model.flops import pass_flops, sample_flops
 from texforce_ray.rl.likelihood import Pairs
 from texforce_ray.rl.objectives import make_learner
 from texforce_ray.rl.ppo_anchor import Anchor
@@ -35,7 +36,7 @@ from texforce_ray.rl.sharding import UpdateBatch
 PROMPTS = ["a green circle", "two red squares"]
 SEEDS = np.array([7, 2**40])
 ADVANTAGES = np.array([1.0, -1.0])
-STEPS = 4
+STEPS = 5
 
 Family = tuple[str, Mini, Path]
 
@@ -84,7 +85,8 @@ def _stock_pipeline(family: Family) -> Any:
 
 def _stock(pipe: Any, mini: Mini, **scheduler: Any) -> np.ndarray:
     """Images of the stock pipeline with our scheduler."""
-    pipe.scheduler = SeededFlowScheduler.of(pipe.scheduler, **scheduler)
+    size = (SIDE // 8, SIDE // 8) if mini.family == "flux" else None
+    pipe.scheduler = SeededFlowScheduler.of(pipe.scheduler, latent_size=size, **scheduler)
     return _drawn(pipe, mini, pipe.scheduler.generators(SEEDS))
 
 
@@ -120,7 +122,7 @@ def test_samples_with_noise_are_drawn_again_by_our_scheduler(family: Family, ker
     _, images = sampler.sample(PROMPTS, SEEDS, 0)
     stock = _stock(
         _stock_pipeline(family), family[1], kernel=kernel, eta=config.diffusion.eta,
-        window=window_steps(config, 1),
+        window=config.window_steps(1),
     )  # fmt: skip
     assert _difference(images, stock) <= 1
 
@@ -253,6 +255,24 @@ def _guided(backbone: Backbone, t: Tensor, x: Tensor, prompt: str, scale: float)
     if backbone.passes(scale) == 1:
         return output
     return backbone.guide(backbone.predict(x, t, backbone.encode_empty()), output, scale)
+
+
+def test_layers_that_an_encoder_lacks_are_refused(family: Family) -> None:
+    """PEFT is content if some of the names match."""
+    _, mini, _ = family
+    names = [*next(iter(mini.lora.values())), "another_proj"]
+    config = _config(family, lora={"text_encoder": {"rank": 2, "target_modules": names}})
+    with pytest.raises(ConfigError, match=r"target_modules: 'another_proj' matches no layer"):
+        make_learner(load_config_backbone(config, 0), config)
+
+
+def test_flops_of_every_family_are_counted(family: Family) -> None:
+    """As actors do when they start."""
+    config = _config(family)
+    backbone = load_config_backbone(config, 0)
+    once = sample_flops(backbone, 1, 1.0 if family[0] != "z_image" else 0.0)
+    assert sample_flops(backbone, 3, config.diffusion.guidance_scale) > once > 0
+    assert pass_flops(backbone).backward > 0
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

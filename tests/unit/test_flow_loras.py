@@ -97,6 +97,32 @@ def test_kohyas_file_of_flux_is_the_same_adapter(tmp_path: Path) -> None:
     assert np.abs(_images(base, folder) - _images(base, _kohya(folder))).max() <= 1
 
 
+@pytest.mark.long
+def test_fuse_reads_kohyas_file_of_flux_or_refuses_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    targets = tuple(
+        f"transformer_blocks.0.attn.{name}"
+        for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+    )
+    base, folder = _export("flux_dev", tmp_path, targets)
+    file, out = _kohya(folder), tmp_path / "out"
+    assert fuse.main([str(file), "--base", str(base), "--out", str(out)]) == 0
+    assert np.abs(_images(base, folder) - _images(base, out)).max() <= 1
+    assert not (out / "kohya.safetensors").exists()
+    assert fuse.main([str(file), "--base", "a/hub-id", "--out", str(tmp_path / "other")]) == 1
+    assert "layers that are not understood: lora_unet_double" in capsys.readouterr().err
+
+
+def test_an_adapter_with_a_projection_is_read_back_as_the_encoder_it_is_of(tmp_path: Path) -> None:
+    base = tmp_path / "pipeline"
+    build(base, "sd3")
+    shapes = {"text_encoder": LoraShape(2, 2.0, ("q_proj", "text_projection"))}
+    adapter = Adapter(load_backbone(str(base), drawing=DRAWING), shapes, 0)
+    export_adapter(adapter.snapshot(0), tmp_path / "text", str(base), kohya=False)
+    assert set(read_adapter(tmp_path / "text").adapters) == {"text_encoder"}
+
+
 def test_what_the_converter_leaves_out_is_named(tmp_path: Path) -> None:
     base, folder = _export("flux_dev", tmp_path, ("to_q",))
     file = tmp_path / "other.safetensors"

@@ -142,13 +142,16 @@ class RolloutActor:
         from texforce_ray.model.adapter_files import read_adapter
         from texforce_ray.model.fusion import fuse
 
+        pipeline = self.backbone.family.pipeline
         per_block, terms = most_layers(self.backbone.denoiser.config), []
         for weight, origin, files in adapters:
             with tempfile.TemporaryDirectory() as folder:
                 for name, data in files.items():
                     (Path(folder) / name).parent.mkdir(exist_ok=True)
                     (Path(folder) / name).write_bytes(data)
-                terms.append((weight, read_adapter(Path(folder), origin, per_block)))
+                terms.append(
+                    (weight, read_adapter(Path(folder), origin, per_block, pipeline=pipeline))
+                )
         # A single adapter is returned unchanged, bit for bit.
         if len(terms) == 1 and terms[0][0] == 1.0:
             return None, terms[0][1]

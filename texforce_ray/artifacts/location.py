@@ -8,7 +8,7 @@ from typing import Any
 
 from texforce_ray.artifacts.families import FAMILIES, Family
 from texforce_ray.artifacts.inspection import check_pipeline
-from texforce_ray.artifacts.snapshot import PARTS, UNET
+from texforce_ray.artifacts.snapshot import PARTS
 from texforce_ray.errors import ConfigError
 from texforce_ray.files import from_json
 
@@ -194,10 +194,10 @@ def pipeline_class(folder: Path) -> str:
     return str(_index(folder).get("_class_name", "StableDiffusionPipeline"))
 
 
-def has_unet(base: str) -> bool:
-    """Whether a base model's denoiser is a U-Net, as far as is known."""
-    family = FAMILIES.get(pipeline_class(EMBEDDED_MODELS.get(base) or Path(base)))
-    return family is None or family.denoiser == UNET
+def known_pipeline(base: str) -> str | None:
+    """The class of a base model that is here, if it is one of ours."""
+    found = str(_index(EMBEDDED_MODELS.get(base) or Path(base)).get("_class_name"))
+    return found if found in FAMILIES else None
 
 
 def absent_encoders(base: str, left_out: Sequence[str] = ()) -> tuple[str, ...]:
@@ -205,7 +205,8 @@ def absent_encoders(base: str, left_out: Sequence[str] = ()) -> tuple[str, ...]:
     index = _index(EMBEDDED_MODELS.get(base) or Path(base))
     family = FAMILIES.get(str(index.get("_class_name")))
     optional = () if family is None else family.optional
-    return tuple(name for name in optional if name in left_out or not any(index.get(name) or ()))
+    missing = [name for name in optional if not any(index.get(name) or ())]
+    return tuple(dict.fromkeys((*left_out, *missing)))
 
 
 def _index(folder: Path) -> dict[str, Any]:

@@ -28,8 +28,8 @@ class ModelConfig(Section):
     cached_prompts: int = Field(
         1024,
         ge=0,
-        description="prompts whose embeddings by encoders that are not trained are kept, in host "
-        "memory; 0: encode them again each time",
+        description="flow-matching models: prompts whose embeddings by encoders that are not "
+        "trained are kept, in host memory; 0: encode them again each time",
     )
     revision: str | None = Field(None, description="hub revision to pin")
     variant: str | None = Field(None, description="weight file variant, e.g. 'fp16'")
@@ -195,7 +195,12 @@ class DiffusionConfig(Section):
         "cps .8, flow .7, dance .3); 0, a deterministic solver, has no likelihood: for objectives "
         "other than ppo",
     )
-    guidance_scale: float = Field(5.0, ge=0, description="g; at most 1 means no guidance")
+    guidance_scale: float = Field(
+        5.0,
+        ge=0,
+        description="g, as in the stock pipeline: at most 1 means no guidance (Z-Image: 0; "
+        "FLUX.1-dev always reads it)",
+    )
     storage_dtype: Literal["float32", "float16"] = Field(
         "float32",
         description="dtype of stored latents; the sampler continues from the stored value",
@@ -246,6 +251,11 @@ class DiffusionConfig(Section):
             raise ValueError(f"eta: {self.eta:g} with kernel 'ode', which adds no noise; use 0")
         if self.window is None:
             return self
+        if self.process == "ddim" or not self.eta:
+            raise ValueError(
+                "window: limits the noise of flow-matching models; leave it null with process=ddim "
+                "(whose stock pipelines know no windows) and with eta 0, which adds no noise"
+            )
         first, end = self.window_range
         if not 0 <= first <= end - self.window.size or end > self.steps:
             raise ValueError(
@@ -258,9 +268,4 @@ class DiffusionConfig(Section):
     def _guided(self) -> DiffusionConfig:
         if (self.height is None) != (self.width is None):
             raise ValueError("height, width: give both, or leave both null for the model's own")
-        if self.negative_prompt and self.guidance_scale <= 1:
-            raise ValueError(
-                f"negative_prompt: has no effect with guidance_scale {self.guidance_scale:g}; "
-                "leave it null, or set guidance_scale above 1"
-            )
         return self

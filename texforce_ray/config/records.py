@@ -31,7 +31,8 @@ class EvalConfig(Section):
         None,
         ge=0,
         le=1,
-        description="eta of evaluations; 0: as in stock pipelines; null: diffusion.eta",
+        description="eta of evaluations, in all steps; 0: as in stock pipelines; null: "
+        "diffusion.eta",
     )
     steps: int | None = Field(
         None, ge=1, le=500, description="denoising steps of evaluations; null: diffusion.steps"

@@ -137,6 +137,35 @@ def likelihoods_need_noise(config: Config) -> None:
         )
 
 
+def a_window_is_trained_whole(config: Config) -> None:
+    if config.diffusion.window is None or not isinstance(config.objective, PpoObjective):
+        return
+    plain = PpoObjective()
+    for name in ("timestep_choice", "timestep_fraction"):
+        if (value := getattr(config.objective, name)) != getattr(plain, name):
+            raise ValueError(
+                f"objective.{name}: {value!r} has no effect with diffusion.window, all of whose "
+                "steps are trained; leave it out"
+            )
+
+
+def negative_prompts_need_guidance(config: Config) -> None:
+    d, most = config.diffusion, max(config.guidance_scales)
+    if d.negative_prompt and d.process == "ddim" and most <= 1:
+        raise ValueError(
+            f"diffusion.negative_prompt: has no effect with guidance_scale {most:g}; leave it "
+            "null, or set diffusion.guidance_scale or eval.guidance_scale above 1"
+        )
+
+
+def no_kernel_means_no_noise(config: Config) -> None:
+    if config.diffusion.kernel == "ode" and config.evaluation_eta:
+        raise ValueError(
+            f"eval.eta: {config.evaluation_eta:g} with diffusion.kernel 'ode', which adds no "
+            "noise; use 0"
+        )
+
+
 def anchored_embeddings_are_trained(config: Config) -> None:
     weight = getattr(config.objective, "embedding_anchor_weight", 0.0)
     if weight and not config.lora.encoders:
@@ -196,6 +225,9 @@ RULES = (
     rewards_can_be_differentiated,
     advantages_have_something_to_compare,
     likelihoods_need_noise,
+    a_window_is_trained_whole,
+    negative_prompts_need_guidance,
+    no_kernel_means_no_noise,
     anchored_embeddings_are_trained,
     the_best_are_some_of_a_group,
     measured_steps_are_exact,

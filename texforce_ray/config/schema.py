@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from texforce_ray import randomness
 from texforce_ray.config.actors import LearnerConfig, PlacementConfig, RayConfig, RolloutConfig
 from texforce_ray.config.fields import Section, as_list, fixed_values, free, marked, recorded, walk
 from texforce_ray.config.learning import (
@@ -91,6 +92,23 @@ class Config(Section):
     @property
     def evaluation_steps(self) -> int:
         return self.eval.steps or self.diffusion.steps
+
+    @property
+    def guidance_scales(self) -> tuple[float, ...]:
+        """All at which images are drawn."""
+        scales = (self.diffusion.guidance_scale, self.evaluation_guidance)
+        return (*scales, *self.eval.guidance_curve)
+
+    def window_steps(self, iteration: int) -> list[int] | None:
+        """The steps of an iteration's window; None if all steps add noise.
+
+        One for all samples of an iteration: with one for each request, advantages would compare
+        samples of different noise.
+        """
+        d = self.diffusion
+        if d.window is None:
+            return None
+        return randomness.window(self.seed, iteration, d.window.size, d.window_range)
 
     @property
     def total_updates(self) -> int:

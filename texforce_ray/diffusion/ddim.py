@@ -6,7 +6,6 @@ stock pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,6 @@ class Ddim(Process):
     sigma: Tensor
     prediction_type: str
     init_noise_sigma: float = 1.0
-    window: tuple[int, ...] | None = None
 
     @staticmethod
     def of(scheduler: DDIMScheduler, steps: int, eta: float) -> Ddim:
@@ -52,15 +50,6 @@ class Ddim(Process):
         sigma = eta * variance.clamp(min=0) ** 0.5
         first = float(scheduler.init_noise_sigma)
         return Ddim(timesteps, alpha, alpha_prev, sigma, prediction_type, first)
-
-    @property
-    def draws(self) -> Sequence[int]:
-        return super().draws if self.window is None else self.window
-
-    def windowed(self, steps: Sequence[int]) -> Ddim:
-        sigma = torch.zeros_like(self.sigma)
-        sigma[list(steps)] = self.sigma[list(steps)]
-        return replace(self, sigma=sigma, window=tuple(i for i in steps if sigma[i] > 0))
 
     def to(self, device: torch.device) -> Ddim:
         return replace(

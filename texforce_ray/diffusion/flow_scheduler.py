@@ -51,8 +51,7 @@ class SeededFlowScheduler(FlowMatchEulerDiscreteScheduler):
             kernel: `diffusion.kernel`.
             eta: `diffusion.eta`.
             window: the steps with noise, as a run records them; None: all of them.
-            latent_size: height and width in latents, for pipelines that pack them (FLUX); None: a
-                square image.
+            latent_size: height and width in latents, needed for pipelines that pack them (FLUX).
 
         Raises:
             ValueError: an unknown kernel.
@@ -118,8 +117,12 @@ class SeededFlowScheduler(FlowMatchEulerDiscreteScheduler):
         if x.ndim > 3:
             return randn_tensor(x.shape, generators, cpu, torch.float32).to(x.device)
         count, tokens, channels = x.shape  # packed: 2 x 2 latents in each token
-        side = 2 * round(tokens**0.5)
-        height, width = self.latent_size or (side, side)
+        if self.latent_size is None:
+            raise ValueError(
+                "latent_size: needed for a pipeline that packs its latents (FLUX): the image's "
+                "height and width, each divided by 8"
+            )
+        height, width = self.latent_size
         if height * width != 4 * tokens:
             raise ValueError(f"latent_size: {height} x {width} is not {tokens} x 4 latents")
         shape = (count, channels // 4, height, width)

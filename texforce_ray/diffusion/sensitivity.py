@@ -28,6 +28,11 @@ def check_trained(process: Process, trained: Sequence[int]) -> None:
     Raises:
         ConfigError: names the steps, and what would leave them out.
     """
+    if not trained:
+        raise ConfigError(
+            f"diffusion.window: the noise of none of its steps gives a likelihood; those of this "
+            f"model's {len(process)} steps that do are {process.trainable}"
+        )
     values = process.sensitivity().tolist()
     steep = [i for i in trained if values[i] > MOST]
     if steep and isinstance(process, Flow):

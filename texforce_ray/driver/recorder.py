@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from texforce_ray import randomness
 from texforce_ray.actors.messages import Updated
 from texforce_ray.artifacts.location import DIFFUSERS_FILE
 from texforce_ray.artifacts.lora_header import parts_apart
@@ -99,10 +98,7 @@ class Recorder:
             "seed": batch.seeds,
             "policy_version": np.full(len(batch.seeds), batch.policy_version),
         }
-        if (window := self.config.diffusion.window) is not None:
-            steps = randomness.window(
-                self.config.seed, batch.iteration, window.size, self.config.diffusion.window_range
-            )
+        if (steps := self.config.window_steps(batch.iteration)) is not None:
             columns["window"] = np.tile(steps, (len(batch.prompts), 1))
         columns |= dict(zip([f"reward_{n}" for n in self.names], batch.rewards.T, strict=True))
         columns |= {

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.files import atomic_write_text, to_json
 from texforce_ray.model.backbone import load_backbone
+from texforce_ray.model.conditioning import Drawing
 from texforce_ray.records.images import comparison, save_png
 from texforce_ray.shapes import detector
 from texforce_ray.shapes.appearance import appearance
@@ -52,10 +53,15 @@ def questions(ability: str, count: int) -> tuple[list[Scene], list[str], np.ndar
 
 
 def measure(
-    path: str, *, images: int, guidance: Sequence[float], steps: int = 10
+    path: str,
+    *,
+    images: int,
+    guidance: Sequence[float],
+    steps: int = 10,
+    length: int | None = None,
 ) -> Iterator[tuple[Cell, np.ndarray]]:
     """Every cell and its images, uint8 [images, H, W, 3]; a scene has one seed in all cells."""
-    backbone = load_backbone(path)
+    backbone = load_backbone(path, drawing=Drawing(max_sequence_length=length))
     for scale in guidance:
         sampler = Sampler(backbone, steps=steps, eta=0.0, guidance_scale=scale)
         for ability in ABILITIES:
@@ -90,12 +96,18 @@ def table(cells: Sequence[Cell]) -> str:
 
 
 def write(
-    out: Path, path: str, *, images: int, guidance: Sequence[float], steps: int
+    out: Path,
+    path: str,
+    *,
+    images: int,
+    guidance: Sequence[float],
+    steps: int,
+    length: int | None = None,
 ) -> list[Cell]:
     """Measure a pipeline; writes measure.png and measure.json into `out`."""
     cells: list[Cell] = []
     shown: dict[tuple[str, float], list[np.ndarray]] = {}
-    work = measure(path, images=images, guidance=guidance, steps=steps)
+    work = measure(path, images=images, guidance=guidance, steps=steps, length=length)
     spread = [(2 * i + 1) * images // (2 * _SHOWN) for i in range(_SHOWN)]
     total = len(guidance) * len(ABILITIES) * len(REGISTERS)
     for cell, drawn in tqdm(work, total=total, desc="drawing", mininterval=5):

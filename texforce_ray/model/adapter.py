@@ -127,7 +127,10 @@ class Adapter:
             raise ConfigError(f"the base model has no {missing[0]}; it has {', '.join(modules)}")
         self.shapes = {part: shapes[part] for part in modules if part in shapes}
         self.parts = {
-            part: PartAdapter(part, modules[part], shape, seed + seed_offset(part))
+            # A parked encoder comes to the device for good: its parameters must not move later.
+            part: PartAdapter(
+                part, modules[part].to(backbone.device), shape, seed + seed_offset(part)
+            )
             for part, shape in self.shapes.items()
         }
 

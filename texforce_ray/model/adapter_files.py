@@ -80,8 +80,10 @@ def export_adapter(
     diffusers: Tensors = {}
     files: dict[str, bytes] = {}
     for part, tensors in snapshot.adapters.items():
-        # In the directory itself, another text encoder would be taken for the first.
-        alone = len(snapshot.adapters) == 1 and part not in TEXT_ENCODERS[1:]
+        # In the directory itself, another text encoder would be taken for the first, and one with
+        # a projection for SDXL's second.
+        projected = any(key.startswith("text_projection") for key in tensors)
+        alone = len(snapshot.adapters) == 1 and part not in TEXT_ENCODERS[1:] and not projected
         folder = "" if alone else f"{part}/"
         shape = snapshot.shapes[part]
         config = portable_config(shape.rank, shape.alpha, shape.target_modules, recorded_name(base))

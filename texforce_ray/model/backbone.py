@@ -55,9 +55,14 @@ class Backbone(ABC):
         for name in ("height", "width"):
             if (value := getattr(d, name)) is not None and value % scale:
                 raise ConfigError(
-                    f"diffusion.{name}: {value} is not a multiple of {scale}, the size of "
-                    f"{'a latent' if self.latent_multiple == 1 else 'what the denoiser reads'}"
+                    f"diffusion.{name}: {value} is not a multiple of {scale}, the size of a "
+                    f"{'latent' if self.latent_multiple == 1 else 'patch of the denoiser'}"
                 )
+        if d.max_sequence_length is not None and d.max_sequence_length > self.longest:
+            raise ConfigError(
+                f"diffusion.max_sequence_length: {d.max_sequence_length}; a {self.family.pipeline} "
+                f"takes at most {self.longest}"
+            )
         if d.park_encoders and not self.parks:
             raise ConfigError(
                 f"model.park_encoders: a {self.family.pipeline} has text encoders too small to be "
@@ -151,10 +156,12 @@ class Backbone(ABC):
     ignored: tuple[str, ...] = ()
     # Whether text encoders that are not trained can be parked.
     parks: bool = False
+    # The largest `max_sequence_length` that the stock pipeline takes.
+    longest: float = float("inf")
 
     @property
     def latent_multiple(self) -> int:
-        """Latents whose number an image's sides must be a multiple of."""
+        """Number of latents that each side of an image must be a multiple of."""
         return 1
 
     def passes(self, scale: float) -> int:
@@ -204,8 +211,7 @@ class Backbone(ABC):
         for name, tokenizer, encoder in named:
             texts = self.texts(prompts, tokenizer)
             if name in self.family.lengths:
-                default = min(self.family.lengths[name], tokenizer.model_max_length)
-                limit = self.drawing.max_sequence_length or default
+                limit = self.drawing.max_sequence_length or self.family.lengths[name]
             else:
                 # Some tokenizers give no limit; transformers then takes it to be 1e30.
                 limit = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
@@ -331,6 +337,12 @@ def load_config_backbone(config: Config, num_gpus: float) -> Backbone:
     )
     if backbone.family.process not in (None, d.process):
         raise wrong_process(backbone.family, model.path, d.process)
+    # A scale that the model does not take is refused now, not at the end of a run.
+    passes = [backbone.passes(scale) for scale in config.guidance_scales]
+    if d.negative_prompt and max(passes) == 1:
+        raise ConfigError(
+            "diffusion.negative_prompt: has no effect without guidance; leave it null"
+        )
     if model.compile:
         backbone.compile()
     return backbone

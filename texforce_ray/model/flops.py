@@ -110,4 +110,5 @@ def pair_flops(backbone: Backbone, guidance_scale: float) -> int:
 def _one(backbone: Backbone) -> tuple[torch.Tensor, torch.Tensor, Any]:
     x = torch.zeros(1, *backbone.latent_shape, device=backbone.device)
     with torch.no_grad():
-        return x, torch.zeros(1, dtype=torch.long, device=x.device), backbone.encode_empty()
+        given = backbone.with_guidance(backbone.encode_empty(), 1.0)
+        return x, torch.zeros(1, dtype=torch.long, device=x.device), given

@@ -7,7 +7,8 @@ be computed once for each prompt: the gradient is cut at the embeddings.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,6 @@ class FlowTransformer(Backbone):
 
     # Of stock `calculate_shift`: the largest shift, if the scheduler names none.
     max_shift = 1.15
-    # Whether stock code gives the scheduler its noise levels, before shifting.
-    gives_levels = True
     parks = True
 
     def __init__(
@@ -52,11 +51,22 @@ class FlowTransformer(Backbone):
     def latent_multiple(self) -> int:
         return 2  # a token is 2 x 2 latents
 
+    @staticmethod
+    def levels(steps: int) -> Any:
+        """The noise levels that stock code gives the scheduler, unshifted; None: its own."""
+        return np.linspace(1.0, 1 / steps, steps)
+
+    @staticmethod
+    def default_side(network: Mapping[str, Any], vae_scale: int) -> int:
+        """Side in latents of the stock pipeline's square image, by the transformer's config."""
+        del network, vae_scale
+        return 128
+
     def process(self, steps: int, eta: float, kernel: str = "cps") -> Process:
         """The flow on the scheduler's own noise levels, shifted as in the stock pipeline."""
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipe.scheduler.config)
         sides = self.latent_shape[1:]
-        set_levels(scheduler, steps, sides, self.max_shift, given=self.gives_levels)
+        set_levels(scheduler, steps, sides, self.max_shift, self.levels(steps))
         return Flow.of(scheduler.timesteps, scheduler.sigmas, kernel, eta).to(self.device)
 
     @abstractmethod
@@ -93,20 +103,30 @@ class FlowTransformer(Backbone):
 class StableDiffusion3(FlowTransformer):
     """Stable Diffusion 3 and 3.5: two CLIP encoders, T5 or not, guidance."""
 
+    @staticmethod
+    def default_side(network: Mapping[str, Any], vae_scale: int) -> int:
+        del vae_scale
+        return int(network["sample_size"])
+
     max_shift = 1.16
-    gives_levels = False
+    longest = 512
+
+    @staticmethod
+    def levels(steps: int) -> Any:
+        del steps
 
     @property
     def latent_multiple(self) -> int:
         return int(self.denoiser.config.patch_size)
 
     def encoder_output(self, name: str) -> Any:
-        return _last_hidden if name == "text_encoder_3" else _clip_layers
+        if name == "text_encoder_3":
+            return _last_hidden
+        return partial(_clip_layers, clip_skip=self.drawing.clip_skip or 0)
 
     def _encode(self, ids: Sequence[Tensor], clip_skip: int | None) -> Conditioning:
-        skipped = (clip_skip or 0) + 2
         outputs = [encoder(part) for encoder, part in zip(self.encoders, ids, strict=True)]
-        layers = [output[-skipped] for output in outputs[:2]]
+        layers = [output[1 if clip_skip is None else 2] for output in outputs[:2]]
         pooled = torch.cat([output[0] for output in outputs[:2]], dim=-1)
         hidden = torch.cat(layers, dim=-1).to(self.dtype)
         width = self.denoiser.config.joint_attention_dim
@@ -131,6 +151,7 @@ class Flux(FlowTransformer):
     """FLUX.1: CLIP's pooled embedding, T5's tokens, packed latents, guidance as an input."""
 
     ignored = ("clip_skip", "negative_prompt")
+    longest = 512
 
     def __init__(
         self, pipe: Any, family: Family, device: torch.device, drawing: Drawing = PLAIN
@@ -141,7 +162,7 @@ class Flux(FlowTransformer):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        side = self.pipe.default_sample_size
+        side = self.default_side(self.denoiser.config, self.pipe.vae_scale_factor)
         height, width = self._latent_sides(side, side)
         return self.denoiser.config.in_channels // 4, height, width
 
@@ -188,15 +209,24 @@ class ZImage(FlowTransformer):
 
     ignored = ("clip_skip",)
 
+    @staticmethod
+    def default_side(network: Mapping[str, Any], vae_scale: int) -> int:
+        del network
+        return 1024 // vae_scale
+
     @property
     def noise_dtype(self) -> torch.dtype:
         return torch.float32
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        side = 1024 // self.pipe.vae_scale_factor  # the stock pipeline's default
+        side = self.default_side(self.denoiser.config, self.pipe.vae_scale_factor)
         height, width = self._latent_sides(side, side)
         return self.denoiser.config.in_channels, height, width
+
+    @staticmethod
+    def levels(steps: int) -> Any:
+        return torch.linspace(1.0, 1 / steps, steps).tolist()
 
     def texts(self, prompts: Sequence[str], tokenizer: Any) -> list[str]:
         return [
@@ -227,6 +257,12 @@ class ZImage(FlowTransformer):
         hidden, mask = self.encoders[0](ids[0])
         return Conditioning(hidden.to(self.dtype), mask=mask.to(self.dtype))
 
+    def compile(self) -> None:
+        raise ConfigError(
+            "model.compile: true, but Z-Image's transformer has other shapes for each length of a "
+            "prompt, and would be compiled again and again; leave it false"
+        )
+
     def passes(self, scale: float) -> int:
         return 2 if scale > 0 else 1
 
@@ -250,13 +286,11 @@ def set_levels(
     steps: int,
     sides: tuple[int, int],
     max_shift: float,
-    *,
-    given: bool,
+    levels: Any,
 ) -> None:
     """Set a scheduler's timesteps as its stock pipeline does: shifted by the image's size or not.
 
-    `sides`: height and width in latents. `given`: the pipeline passes levels from 1 to 1 / steps,
-    instead of the scheduler's own.
+    `sides`: height and width in latents. `levels`: what the pipeline passes, if anything.
     """
     height, width = sides
     get = scheduler.config.get
@@ -266,8 +300,8 @@ def set_levels(
     if get("use_dynamic_shifting"):
         tokens = (height // 2) * (width // 2)
         options["mu"] = low + (high - low) * (tokens - base) / (most - base)
-    if given:
-        options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+    if levels is not None:
+        options["sigmas"] = levels
     scheduler.set_timesteps(steps, **options)
 
 
@@ -279,7 +313,10 @@ def _clip_pooled(encoder: Any, ids: Tensor) -> Sequence[Tensor]:
     return (encoder(ids).pooler_output,)
 
 
-def _clip_layers(encoder: Any, ids: Tensor) -> Sequence[Tensor]:
-    """The projected embedding, then the hidden states."""
+def _clip_layers(encoder: Any, ids: Tensor, *, clip_skip: int) -> Sequence[Tensor]:
+    """The projected embedding, the last hidden states but one, and those with layers skipped."""
     output = encoder(ids, output_hidden_states=True)
-    return output[0], *output.hidden_states
+    plain = output.hidden_states[-2]
+    return (output[0], plain, output.hidden_states[-(clip_skip + 2)]) if clip_skip else (
+        output[0], plain,
+    )  # fmt: skip

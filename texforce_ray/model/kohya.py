@@ -25,6 +25,10 @@ from texforce_ray.model.lora_layers import A, B, format_names, of_clip, prefixed
 
 PREFIXES = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
 _ENDS = (".lora_down.weight", ".lora_up.weight", ".alpha")
+UNET_STARTS = (
+    "down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.",
+    "add_embedding.",
+)  # fmt: skip
 _LDM = ("input_blocks", "middle_block", "output_blocks")
 _DIFFUSERS = ("down_blocks", "mid_block", "up_blocks")
 
@@ -96,7 +100,12 @@ def check_names(names: Mapping[str, set[str]], state: Mapping[str, Tensor], orig
     layers = {key.partition(".")[0] for key in state}
     if any(part in name for name in layers for part in _LDM):
         return
-    if unknown := layers - written:
+    foreign = {
+        kohya_name(UNET, name, False)
+        for name in names.get(UNET, ())
+        if not name.startswith(UNET_STARTS)
+    }
+    if unknown := (layers - written) | foreign:
         raise ConfigError(f"{origin}: layers that are not understood: {format_names(unknown)}")
 
 

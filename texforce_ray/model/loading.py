@@ -19,7 +19,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from texforce_ray.artifacts.families import Family, family_in
+from texforce_ray.artifacts.families import Family, family_in, tokenizer_of
 from texforce_ray.artifacts.inspection import check_pipeline, read_json
 from texforce_ray.errors import ConfigError
 
@@ -71,7 +71,7 @@ def load_pipeline(
         return _from_single_file(location, path, config, dtype, own, left_out)
     folder = Path(location)
     if not folder.is_dir():
-        folder = _downloaded(location, revision, variant)
+        folder = _downloaded(location, revision, variant, left_out)
         check_pipeline(folder, path, variant, own=own, left_out=left_out)
     index = read_json(folder / "model_index.json", path)
     family = family_in(index, path, own, left_out)
@@ -147,15 +147,19 @@ def _left_out(pipeline: Any) -> dict[str, None]:
     return {k: v for k, v in _LEFT_OUT.items() if k in signature(pipeline.__init__).parameters}
 
 
-def _downloaded(identifier: str, revision: str | None, variant: str | None) -> Path:
+def _downloaded(
+    identifier: str, revision: str | None, variant: str | None, left_out: Sequence[str]
+) -> Path:
     """The cached folder of a hub id, downloaded if needed.
 
     Raises:
         ConfigError: it cannot be downloaded.
     """
+    encoders = {part: None for name in left_out for part in (name, tokenizer_of(name))}
+    nothing = {"safety_checker": None, **_LEFT_OUT, **encoders}
     try:
         folder = DiffusionPipeline.download(
-            identifier, revision=revision, variant=variant, safety_checker=None, **_LEFT_OUT
+            identifier, revision=revision, variant=variant, **nothing
         )
     except Exception as error:  # the hub's client raises many kinds
         lines = [line for line in str(error).splitlines() if line.strip()]

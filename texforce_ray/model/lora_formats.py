@@ -21,7 +21,7 @@ from texforce_ray.artifacts.families import FAMILIES
 from texforce_ray.artifacts.snapshot import PARTS, TRANSFORMER, UNET, PolicySnapshot
 from texforce_ray.errors import ConfigError
 from texforce_ray.files import from_json
-from texforce_ray.model.kohya import check_names, from_kohya, is_kohya
+from texforce_ray.model.kohya import UNET_STARTS, check_names, from_kohya, is_kohya
 from texforce_ray.model.lora_layers import (
     A,
     B,
@@ -42,10 +42,6 @@ _TEXT_TO_PEFT = {
 _UNET_TO_PEFT = {**UNET_TO_DIFFUSERS, ".lora_linear_layer.up": ".lora_B",
                  ".lora_linear_layer.down": ".lora_A"}  # fmt: skip
 _METADATA = "lora_adapter_metadata"
-_UNET_STARTS = (
-    "down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.",
-    "add_embedding.",
-)  # fmt: skip
 # Parts of keys ($: at the end) that mark another kind of adapter, and what that is.
 _VARIANTS = {
     "dora_scale": "DoRA (it has magnitudes)",
@@ -134,7 +130,8 @@ def read_file(
         raise ConfigError(f"{origin} holds no tensors")
     check_plain(state, origin)
     alphas: dict[str, float] = {}
-    if pipeline is not None and FAMILIES[pipeline].denoiser == TRANSFORMER:
+    family = FAMILIES.get(pipeline or "")
+    if family is not None and pipeline is not None and family.denoiser == TRANSFORMER:
         state = from_other_program(state, pipeline, origin)
     kohya = state if is_kohya(state) else None
     if kohya is not None:
@@ -186,7 +183,7 @@ def _by_part(state: Mapping[str, Tensor], origin: str) -> dict[str, dict[str, Te
     unknown = []
     for key, value in state.items():
         part = next((part for part in PARTS if key.startswith(f"{part}.")), None)
-        if part is None and key.startswith(_UNET_STARTS):
+        if part is None and key.startswith(UNET_STARTS):
             part = UNET
         if part is None:
             unknown.append(key)

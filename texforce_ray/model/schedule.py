@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from texforce_ray.artifacts.families import Family, family_in, own_family
+from texforce_ray.artifacts.families import family_in, own_family
 from texforce_ray.artifacts.inspection import read_json
 from texforce_ray.artifacts.location import locate_model
 from texforce_ray.config import Config
@@ -37,19 +37,12 @@ def planned_process(config: Config) -> Process | None:
         scheduler = DDIMScheduler.from_config(settings, clip_sample=False, thresholding=False)
         return Ddim.of(scheduler, d.steps, d.eta)
     flow = FlowMatchEulerDiscreteScheduler.from_config(settings)
-    sides = _latent_sides(config, folder, family)
     module, _, name = family.backbone.partition(":")
     kind = getattr(importlib.import_module(module), name)
-    set_levels(flow, d.steps, sides, kind.max_shift, given=kind.gives_levels)
+    network = read_json(folder / family.denoiser / "config.json", model.path)
+    blocks = read_json(folder / "vae" / "config.json", model.path)["block_out_channels"]
+    scale = 2 ** (len(blocks) - 1)
+    side = kind.default_side(network, scale)
+    sides = (d.height // scale, d.width // scale) if d.height and d.width else (side, side)
+    set_levels(flow, d.steps, sides, kind.max_shift, kind.levels(d.steps))
     return Flow.of(flow.timesteps, flow.sigmas, d.kernel, d.eta)
-
-
-def _latent_sides(config: Config, folder: Path, family: Family) -> tuple[int, int]:
-    d = config.diffusion
-    network = read_json(folder / family.denoiser / "config.json", config.model.path)
-    blocks = read_json(folder / "vae" / "config.json", config.model.path)["block_out_channels"]
-    if d.height is not None and d.width is not None:
-        scale = 2 ** (len(blocks) - 1)
-        return d.height // scale, d.width // scale
-    side = network.get("sample_size") or 128  # stock pipelines' default
-    return side, side

@@ -96,6 +96,7 @@ def card_info(
     m, lora = config.model, config.lora
     settings: dict[str, object] = {
         "denoising steps": config.diffusion.steps,
+        "denoising steps for the scores below": config.evaluation_steps,
         "guidance scale": config.diffusion.guidance_scale,
         "guidance scale for the scores below": config.evaluation_guidance,
         "eta": config.diffusion.eta,

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from texforce_ray.artifacts.families import FAMILIES, tokenizer_of
+from texforce_ray.artifacts.families import tokenizer_of
 from texforce_ray.artifacts.location import pipeline_class
 from texforce_ray.artifacts.snapshot import TEXT_ENCODERS
 from texforce_ray.records.card_info import BaseModel, ModelCardInfo
@@ -75,7 +75,7 @@ def _usage(info: ModelCardInfo) -> str:
         inside = any(name.startswith(f"{part}/") for name in info.files)
         folder = f', subfolder="{part}"' if inside else ""
         attach[part] = f"pipe.{part} = PeftModel.from_pretrained(pipe.{part}, adapter{folder})"
-    imports, opening = _opening(info.base)
+    imports, opening = _opening(info.base, info.flow)
     opening = [*opening, 'adapter = "."  # the directory of this file']
     given = "".join(f", {name}={_literal(value)}" for name, value in info.drawing.items())
     draw = f'image = pipe("a photo of a cat"{given}).images[0]'
@@ -107,7 +107,7 @@ def _usage(info: ModelCardInfo) -> str:
     )
 
 
-def _opening(base: BaseModel) -> tuple[list[str], list[str]]:
+def _opening(base: BaseModel, flow: bool) -> tuple[list[str], list[str]]:
     """Imports, and the lines that load the pipeline that the adapter was trained on."""
     imports, lines = ["from diffusers import DiffusionPipeline"], []
     kind, method, given = "DiffusionPipeline", "from_pretrained", [json.dumps(base.path)]
@@ -123,7 +123,7 @@ def _opening(base: BaseModel) -> tuple[list[str], list[str]]:
             given.append(f"{name}={json.dumps(value)}")
     given += [f"{part}=None" for name in base.absent for part in (name, tokenizer_of(name))]
     if base.denoiser is not None:
-        part, kind_of = _denoiser(base)
+        part, kind_of = _denoiser(flow)
         imports[0] += f", {kind_of}"
         inside = (Path(base.denoiser).expanduser() / part / "config.json").is_file()
         folder = f', subfolder="{part}"' if inside else ""
@@ -132,12 +132,9 @@ def _opening(base: BaseModel) -> tuple[list[str], list[str]]:
     return imports, [*lines, f"pipe = {kind}.{method}({', '.join(given)})"]
 
 
-def _denoiser(base: BaseModel) -> tuple[str, str]:
-    """Name and class of the pipeline's denoiser."""
-    family = FAMILIES.get(pipeline_class(Path(base.path)))
-    return ("unet", "UNet2DConditionModel") if family is None else (
-        family.denoiser, family.denoiser_class,
-    )  # fmt: skip
+def _denoiser(flow: bool) -> tuple[str, str]:
+    """Name and class of the pipeline's denoiser; diffusers knows which transformer it is."""
+    return ("transformer", "AutoModel") if flow else ("unet", "UNet2DConditionModel")
 
 
 def _literal(value: object) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import nn
 
-from texforce_ray.artifacts.snapshot import TEXT_ENCODERS, LoraShape
+from texforce_ray.artifacts.snapshot import DENOISERS, TEXT_ENCODERS, LoraShape
 from texforce_ray.config import AdapterConfig, Config
 from texforce_ray.errors import ConfigError
 from texforce_ray.model.backbone import Backbone
+from texforce_ray.model.lora_layers import PREFIX
 
 
 def adapter_shapes(config: Config, backbone: Backbone) -> dict[str, LoraShape]:
@@ -30,10 +32,26 @@ def adapter_shapes(config: Config, backbone: Backbone) -> dict[str, LoraShape]:
             f"lora: the base model has no {missing[0]}; it has {', '.join(parts)}; leave the "
             "adapter of that part out"
         )
+    for part, adapter in trained.items():
+        _check_targets(part, adapter, parts[part])
     return {
         part: LoraShape(adapter.rank, adapter.alpha, adapter.target_modules)
         for part, adapter in trained.items()
     }
+
+
+def _check_targets(part: str, adapter: AdapterConfig, module: nn.Module) -> None:
+    """Check that each name is a layer's: PEFT is content if some of them are."""
+    names = [name for name, _ in module.named_modules()]
+    for target in adapter.target_modules:
+        if not any(f".{name}".endswith(f".{target.removeprefix(PREFIX)}") for name in names):
+            key = f"lora.{'denoiser' if part in DENOISERS else part}"
+            last = sorted({n.rpartition(".")[2] for n, m in module.named_modules()
+                           if isinstance(m, nn.Linear)})  # fmt: skip
+            raise ConfigError(
+                f"{key}.target_modules: {target!r} matches no layer of the {part}, whose linear "
+                f"layers are {last}"
+            )
 
 
 def _trained(config: Config, backbone: Backbone) -> dict[str, AdapterConfig]:

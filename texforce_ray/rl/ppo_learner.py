@@ -52,6 +52,8 @@ class PpoLearner(Learner):
     @property
     def level(self) -> Tensor | None:
         """Each step's weight in the loss, [T]; None: all are equal."""
+        if self.config.ppo.level == "none":
+            return None
         candidates = candidate_steps(self.config, self.process)
         return level_weights(self.config.ppo, self.process, candidates)
 

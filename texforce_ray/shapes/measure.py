@@ -22,6 +22,9 @@ def parser() -> argparse.ArgumentParser:
     commands.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0, 5.0])
     commands.add_argument("--steps", type=int, default=10)
     commands.add_argument(
+        "--max-sequence-length", type=int, help="tokens of T5: 20 for the embedded flow pipeline"
+    )
+    commands.add_argument(
         "--out",
         type=local_path,
         default=Path("build/shapes"),
@@ -45,6 +48,7 @@ def _run(options: argparse.Namespace) -> None:
         images=options.images,
         guidance=options.guidance,
         steps=options.steps,
+        length=options.max_sequence_length,
     )
     print(table(cells))
     print(f"picture and numbers in {options.out}")
