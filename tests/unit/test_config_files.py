@@ -162,6 +162,7 @@ def test_every_preset_passes_the_checks_of_a_dry_run(
     # Files of others, which the repository does not ship, in their real formats.
     (tmp_path / "refl_data.json").write_text('[{"text": "a cat"}, {"text": "a dog"}]')
     (tmp_path / "imagereward_benchmark.json").write_text('[{"prompt": "a cat"}]')
+    (tmp_path / "drawbench.txt").write_text("a cat\n")
     for name in ("hps_v2_all.txt", "hps_v2_all_eval.txt"):
         (tmp_path / name).write_text("a cat\na dog\n")
     monkeypatch.setenv("TEXFORCE_PROMPTS", str(tmp_path))
