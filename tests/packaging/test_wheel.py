@@ -73,7 +73,7 @@ def test_the_wheel_holds_weights_configs_and_no_tests(built: Path) -> None:
     ):
         assert name in names, name
     assert all(name.startswith("texforce_ray") for name in names)
-    assert wheel.stat().st_size < 20e6  # an upload limit is 100 MB
+    assert wheel.stat().st_size < 30e6  # an upload limit is 100 MB
     (source,) = built.glob("*.tar.gz")
     with tarfile.open(source) as archive:
         members = [Path(name).parts[1:2] for name in archive.getnames()]

@@ -36,6 +36,7 @@ def uninterrupted(overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathF
     return run(tmp_path_factory.mktemp("flow") / "run", *overrides)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_with_other_actors_gives_the_same_bits(
     uninterrupted: Finished, overrides: tuple[str, ...], tmp_path: Path
 ) -> None:

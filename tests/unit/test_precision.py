@@ -19,7 +19,7 @@ from texforce_ray.model.backbone import load_backbone
 from texforce_ray.rl import precision
 from texforce_ray.rl.direct_learner import DirectLearner
 from texforce_ray.rl.learner import Learner
-from texforce_ray.rl.likelihood import Pairs
+from texforce_ray.rl.likelihood import Likelihood, Pairs
 from texforce_ray.rl.nft_learner import NftLearner
 from texforce_ray.rl.objectives import make_learner
 from texforce_ray.rl.ppo_anchor import Anchor
@@ -214,7 +214,7 @@ def test_too_little_memory_leaves_nothing_behind(
     """What the failed attempt held must be free before the next one."""
     learner = _learner("text", "float16", randomize)
     batch, held = _batch(learner), []
-    original = learner.likelihood.log_probs
+    original = Likelihood.log_probs
 
     def log_probs(*given: Any, **named: Any) -> Tensor:
         if learner.backbone.dtype == torch.float32:
@@ -224,7 +224,7 @@ def test_too_little_memory_leaves_nothing_behind(
         assert all(reference() is None for reference in held)
         return original(*given, **named)
 
-    monkeypatch.setattr(learner.likelihood, "log_probs", log_probs)
+    monkeypatch.setattr(Likelihood, "log_probs", log_probs)
     assert learner.update(batch)["learner/gradient_agreement"] > 0.99
     assert held
     assert learner.scale_factor == 1

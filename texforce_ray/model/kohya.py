@@ -103,7 +103,7 @@ def check_names(names: Mapping[str, set[str]], state: Mapping[str, Tensor], orig
     foreign = {
         kohya_name(UNET, name, False)
         for name in names.get(UNET, ())
-        if not name.startswith(UNET_STARTS)
+        if not f"{name}.".startswith(UNET_STARTS)
     }
     if unknown := (layers - written) | foreign:
         raise ConfigError(f"{origin}: layers that are not understood: {format_names(unknown)}")
