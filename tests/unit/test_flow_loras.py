@@ -180,3 +180,27 @@ def test_a_merged_pipeline_has_the_adapter_of_every_part_in_it(tmp_path: Path) -
     again = read_adapter(tmp_path / "out")
     for part, tensors in snapshot.adapters.items():
         assert again.adapters[part].keys() == tensors.keys()
+
+
+@pytest.mark.long
+def test_a_whole_transformer_of_others_replaces_the_pipelines(tmp_path: Path) -> None:
+    base, other, third = tmp_path / "pipeline", tmp_path / "other", tmp_path / "flux"
+    with torch.random.fork_rng(devices=[]):
+        build(base, "sd3")
+        build(third, "flux_dev")
+    pipe = DiffusionPipeline.from_pretrained(base)
+    for parameter in pipe.transformer.parameters():
+        parameter.data *= 1.1
+    pipe.transformer.save_pretrained(other)
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator("cpu").manual_seed(int(seed)) for seed in SEEDS]
+    stock = pipe(
+        list(PROMPTS), num_inference_steps=2, guidance_scale=1.0, max_sequence_length=16,
+        generator=generators, output_type="np",
+    ).images  # fmt: skip
+    backbone = load_backbone(str(base), drawing=DRAWING, denoiser=str(other))
+    _, ours = Sampler(backbone, steps=2, eta=0.0, guidance_scale=1.0).sample(PROMPTS, SEEDS, 0)
+    assert np.abs(np.round(stock * 255) - ours).max() <= 1
+    assert np.abs(ours - _images(base)).max() > 5
+    with pytest.raises(ConfigError, match=r"model\.denoiser: "):
+        load_backbone(str(base), drawing=DRAWING, denoiser=str(third))

@@ -2,7 +2,8 @@
 
 Every field declares whether it affects the result. `free` fields only control where and how things
 run, and may change when a run is resumed; `recorded` ones may change too, and the change is stored
-with the run. All others are fixed. No torch, no Ray; may import only errors, paths and files.
+with the run. All others are fixed. No torch, no Ray; may import only errors, paths, files and
+randomness.
 """
 
 from __future__ import annotations
