@@ -1,12 +1,13 @@
 """How near to the device's limit rollout and learner are, and what eats the rest.
 
-    python benchmarks/utilisation.py [--size NAME] [--device auto] [key.sub=value ...]
+    python benchmarks/utilisation.py [--size NAME] [--batches N ...] [--title NAME]
+                                     [--pipeline FOLDER] [--device auto] [key.sub=value ...]
 
 Model FLOPs over time, as a share of this run's best matrix product in the networks' dtype, for each
 batch size; samples/s of rollout and whole loop (one after the other); peak memory; and the
 operations that take longest. Sizes: sd15 and sd35 (published architectures at random weights), tiny
 and tiny-flow (to try the script with), shapes. Writes benchmarks/results/utilisation[-NAME].json
-and .md.
+and .md. A pipeline of several GB is made once, in FOLDER, for several calls.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, int]:
 def longest(device: torch.device, work: Callable[[], Any]) -> list[tuple[str, float]]:
     """Operations by their share of the time."""
     cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    activities = [ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
     with profile(activities=activities) as profiled:
         work()
     name = "self_device_time_total" if cuda else "self_cpu_time_total"
@@ -104,43 +105,63 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--size", choices=tuple(SIZES), default="shapes")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--batches", type=int, nargs="+", help="batch sizes, in place of the usual")
+    parser.add_argument("--no-profile", action="store_true", help="only speed and memory")
+    parser.add_argument("--title", help="name of the results; by default, the size")
+    parser.add_argument("--pipeline", type=Path, help="where the pipeline is, or is made and left")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     as_in_an_actor()
     name = options.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    rows, shares = [], {}
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for size in SIZES[options.size]:
-            work = Work(_config(options, Path(folder), size), name)
-            device = work.backbone.device
-            peak = matmul_peak(device, work.backbone.dtype)
+        for size in options.batches or SIZES[options.size]:
             try:
-                trajectory = work.rollout(size)
-                rollout, rollout_bytes = timed(device, lambda: work.rollout(size))  # noqa: B023
-                update, update_bytes = timed(device, lambda: work.update(size, trajectory))  # noqa: B023
+                rows.append(measured(Work(_config(options, Path(folder), size), name), size))
             except torch.cuda.OutOfMemoryError:
                 break
-            sampled, trained = work.flops(size)
-            rows.append(
-                {
-                    "size": size,
-                    "rollout": sampled / rollout / peak,
-                    "learner": trained / update / peak,
-                    "rollout_samples_per_second": size / rollout,
-                    "learner_samples_per_second": size / update,
-                    "loop": (sampled + trained) / (rollout + update) / peak,
-                    "loop_samples_per_second": size / (rollout + update),
-                    "rollout_bytes": rollout_bytes,
-                    "learner_bytes": update_bytes,
-                    "peak_flops": peak,
-                }
-            )
+            report(options, name, rows, {})
+        if rows and not options.no_profile:
+            size = rows[-1]["size"]
+            work = Work(_config(options, Path(folder), size), name)
+            trajectory, device = work.rollout(size), work.backbone.device
             shares = {
-                "rollout": longest(device, lambda: work.rollout(size)),  # noqa: B023
-                "learner": longest(device, lambda: work.update(size, trajectory)),  # noqa: B023
+                "rollout": longest(device, lambda: work.rollout(size)),
+                "learner": longest(device, lambda: work.update(size, trajectory)),
             }
+            report(options, name, rows, shares)
+
+
+def measured(work: Work, size: int) -> dict[str, Any]:
+    """A row of the table: speed, shares of the peak, and memory of one batch size."""
+    trajectory, device = work.rollout(size), work.backbone.device
+    peak = matmul_peak(device, work.backbone.dtype)
+    rollout, rollout_bytes = timed(device, lambda: work.rollout(size))
+    update, update_bytes = timed(device, lambda: work.update(size, trajectory))
+    sampled, trained = work.flops(size)
+    return {
+        "size": size,
+        "rollout": sampled / rollout / peak,
+        "learner": trained / update / peak,
+        "rollout_samples_per_second": size / rollout,
+        "learner_samples_per_second": size / update,
+        "loop": (sampled + trained) / (rollout + update) / peak,
+        "loop_samples_per_second": size / (rollout + update),
+        "rollout_bytes": rollout_bytes,
+        "learner_bytes": update_bytes,
+        "peak_flops": peak,
+    }
+
+
+def report(
+    options: argparse.Namespace,
+    name: str,
+    rows: list[dict[str, Any]],
+    shares: dict[str, list[tuple[str, float]]],
+) -> None:
+    """Write what there is so far: a run that is cut off keeps the sizes before."""
     table = [
         "| batch | rollout of peak | learner of peak | loop of peak | rollout samples/s "
         "| loop samples/s | rollout GiB | learner GiB |",
@@ -157,14 +178,15 @@ def main() -> None:
         table += ["", f"longest in the {phase}: "]
         table[-1] += ", ".join(f"{key} {share:.0%}" for key, share in found)
     device_name = torch.cuda.get_device_name() if name == "cuda" else "cpu"
-    title = "utilisation" + ("" if options.size == "shapes" else f"-{options.size}")
+    called = options.title or options.size
+    title = "utilisation" + ("" if called == "shapes" else f"-{called}")
     write(title, {"device": device_name, "rows": rows, "longest": shares}, table)
 
 
 def _config(options: argparse.Namespace, folder: Path, size: int) -> Config:
     overrides = ["diffusion.guidance_scale=5", "objective.timestep_choice=random"]
     if options.size != "shapes":
-        path = folder / "pipeline"
+        path = options.pipeline or folder / "pipeline"
         if not path.exists():
             make_pipeline(path, options.size)
         dtype = _DTYPES.get(options.size, "float32")

@@ -9,10 +9,14 @@ from safetensors.torch import load_file, save_file
 
 
 def name_as_older_versions_do(file: Path) -> None:
-    """Put `text_model.` before CLIP's keys: transformers before 5.6 reads no others and would
-    leave the encoder random; later ones read both."""
-    tensors = load_file(file)
-    named = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in tensors.items()}
+    """Put `text_model.` before the keys of CLIP's layers, and take it from the projection's.
+
+    transformers before 5.6 reads no others and would leave the encoder random; later ones read both.
+    """
+    named = {}
+    for key, value in load_file(file).items():
+        plain = key.removeprefix("text_model.")
+        named[plain if plain.startswith("text_projection.") else f"text_model.{plain}"] = value
     save_file(named, file, metadata={"format": "pt"})
 
 
