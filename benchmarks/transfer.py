@@ -29,12 +29,17 @@ from texforce_ray.shapes.scene import Item, Scene  # noqa: E402
 
 SEEDS = (0, 1, 2)
 IMAGES = 24  # of each wording
-_BATCH = 32
+_BATCH = {"cpu": 32, "cuda": 256}
 _FLOW = "configs/shapes-flow.yaml"
 # Name: the config, and what differs from it.
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "flow-text": (_FLOW, ()),
     "flow-transformer": (
+        _FLOW,
+        ("lora.text_encoder=null", "lora.text_encoder_2=null", "lora.text_encoder_3=null",
+         "lora.denoiser={rank: 16, alpha: 16}", "optimizer.lr=5e-3"),
+    ),
+    "flow-transformer-slow": (
         _FLOW,
         ("lora.text_encoder=null", "lora.text_encoder_2=null", "lora.text_encoder_3=null",
          "lora.denoiser={rank: 16, alpha: 16}", "optimizer.lr=2e-3"),
@@ -60,14 +65,14 @@ def wordings(scene: Scene) -> dict[str, str]:
         return {
             "article": f"the {count} {many}",
             "apart": f"{count} {first.form}s their color is {first.color}",
-            "turned": f"{many} {count} of",
+            "picture": f"picture of {count} {many}",
         }
     if len(scene.items) == 1:
         return {
             "article": f"the {first.color} {first.form}",
             "one": f"one {first.color} {first.form}",
             "apart": f"a {first.form} its color is {first.color}",
-            "turned": f"a {first.form} {first.color}",
+            "picture": f"picture of a {first.color} {first.form}",
         }
     relation = scene.relation or "and"
     one, other = (_named(item) for item in (first, second))
@@ -75,6 +80,7 @@ def wordings(scene: Scene) -> dict[str, str]:
     return {
         "article": f"the {one} {relation} the {other}",
         "one": f"one {one} {relation} one {other}",
+        "picture": f"picture of a {one} {relation} a {other}",
         "swapped": f"a {other} {back} a {one}",
     }
 
@@ -89,17 +95,22 @@ def _named(item: Item) -> str:
     return f"{item.color} {item.form}"
 
 
-def perform(name: str, seed: int) -> None:
-    """Train, measure after every other iteration, and keep the result."""
-    import torch
-
+def _process(file: str, overrides: Sequence[str], *, gpu: bool) -> Any:
     from benchmarks.one_process import OneProcess
     from texforce_ray.config.io import load_config
 
+    device = ["model.device=cuda", "rollout.batch_size=192", "learner.microbatch_size=288"]
+    config = load_config(ROOT / file, [*overrides, *(device if gpu else ["model.device=cpu"])])
+    return OneProcess(config, gpu=gpu)
+
+
+def perform(name: str, seed: int, *, gpu: bool = False) -> None:
+    """Train, measure after every other iteration, and keep the result."""
+    import torch
+
     file, overrides = RUNS[name]
-    config = load_config(ROOT / file, [f"seed={seed}", *overrides])
-    torch.set_num_threads(2)
-    process = OneProcess(config)
+    torch.set_num_threads(1 if gpu else 2)
+    process = _process(file, [f"seed={seed}", *overrides], gpu=gpu)
     points = [{"iteration": 0, **_measured(process)}]
     for metrics in process.iterations():
         if metrics["iteration"] % 2 == 0:
@@ -107,7 +118,7 @@ def perform(name: str, seed: int) -> None:
             print(f"{name}, seed {seed}: {points[-1]}", flush=True)
     answer: dict[str, Any] = {"overrides": overrides, "points": points}
     if name in OTHER:
-        answer["elsewhere"] = _elsewhere(OTHER[name], process)
+        answer["elsewhere"] = _elsewhere(OTHER[name], process, gpu=gpu)
     KEPT.mkdir(parents=True, exist_ok=True)
     atomic_write_text(KEPT / f"{name}-{seed}.json", json.dumps(answer) + "\n")
 
@@ -137,24 +148,23 @@ def _score(sampler: Any, pairs: Sequence[tuple[str, Scene]]) -> float:
     texts = [text for text, _ in pairs for _ in range(IMAGES)]
     scenes = [scene for _, scene in pairs for _ in range(IMAGES)]
     seeds = randomness.noise_seeds(1_000_003, 0, len(texts), randomness.EVALUATION)
-    parts = [slice(first, first + _BATCH) for first in range(0, len(texts), _BATCH)]
+    size = _BATCH[sampler.backbone.device.type]
+    parts = [slice(first, first + size) for first in range(0, len(texts), size)]
     images = np.concatenate([sampler.sample(texts[p], seeds[p], 0)[1] for p in parts])
     scores = [detector.score(image, scene) for image, scene in zip(images, scenes, strict=True)]
     return round(float(np.mean(scores)), 4)
 
 
-def _elsewhere(file: str, process: Any) -> dict[str, dict[str, float]]:
+def _elsewhere(file: str, process: Any, *, gpu: bool) -> dict[str, dict[str, float]]:
     """The trained adapter of the first text encoder on the other model: base, and tuned."""
-    from benchmarks.one_process import OneProcess
     from texforce_ray.artifacts.snapshot import PolicySnapshot
-    from texforce_ray.config.io import load_config
     from texforce_ray.model.adapter import Adapter
 
     learned = process.learner.learned()
     trained = learned.snapshot if learned.average is None else learned.average
     part = "text_encoder"
     alone = PolicySnapshot(0, {part: trained.shapes[part]}, {part: trained.adapters[part]})
-    other = OneProcess(load_config(ROOT / file))
+    other = _process(file, (), gpu=gpu)
     other.learner.adapter.remove()
     base = _measured(other)
     Adapter(other.learner.backbone, alone.shapes, seed=0).load_weights(alone.adapters)
@@ -165,6 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--only", choices=tuple(RUNS), nargs="+", default=tuple(RUNS))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--gpu", action="store_true", help="train and measure on a GPU")
     parser.add_argument("--page", action="store_true", help="only write the tables")
     options = parser.parse_args()
     if not options.page:
@@ -174,7 +185,7 @@ def main() -> None:
         for seed in options.seeds:
             for name in options.only:
                 if not (KEPT / f"{name}-{seed}.json").exists():
-                    perform(name, seed)
+                    perform(name, seed, gpu=options.gpu)
     write_page()
 
 
