@@ -3,7 +3,8 @@
     python benchmarks/run_all.py [NAME ...]
 
 Runs each script as a process of its own; writes benchmarks/results/bench.json and bench.md. A
-script that fails is named there, and the others still run.
+script that fails is named there, and the others still run. Both name the commit and the machine;
+`compare.py` compares two of them.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def main() -> int:
         if subprocess.run(command, check=False).returncode:
             failed.append(name)
         print(f"== {name}: {time.monotonic() - began:.0f} s", flush=True)
-    whole: dict[str, object] = {"machine": _machine(), "failed": failed}
-    page = [f"{_machine()}", ""]
+    whole: dict[str, object] = {"machine": _machine(), "commit": _commit(), "failed": failed}
+    page = [f"{_machine()}, commit {_commit()}", ""]
     for name, title in SCRIPTS.items():
         path = RESULTS / f"{name}.json"
         if path.exists() and name not in failed:
@@ -60,7 +61,22 @@ def main() -> int:
 
 
 def _machine() -> str:
-    return f"{os.cpu_count()} CPU cores, {platform.machine()}, Python {platform.python_version()}"
+    model = platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    return f"{os.cpu_count()} CPU cores, {model}, Python {platform.python_version()}"
+
+
+def _commit() -> str:
+    """The short hash, with '+' if files differ from it."""
+    git = ["git", "-C", str(HERE)]
+    try:
+        commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True)
+        changed = subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.strip() + ("+" if changed.strip() else "")
 
 
 if __name__ == "__main__":

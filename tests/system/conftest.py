@@ -71,16 +71,18 @@ def finish(process: subprocess.Popen, directory: Path, timeout: float = 240) -> 
     return Finished(directory, output, process.returncode)
 
 
-def run(directory: Path, *overrides: str) -> Finished:
-    arguments = ("--config", "configs/smoke.yaml", f"run_dir={directory}", *SMOKE, *overrides)
+def run(directory: Path, *overrides: str, config: str = "configs/smoke.yaml") -> Finished:
+    arguments = ("--config", config, f"run_dir={directory}", *SMOKE, *overrides)
     finished = finish(start(*arguments), directory)
     assert finished.code == 0, finished.output
     return finished
 
 
-def kill_after_checkpoint(directory: Path, iteration: int, *overrides: str) -> None:
+def kill_after_checkpoint(
+    directory: Path, iteration: int, *overrides: str, config: str = "configs/smoke.yaml"
+) -> None:
     """Start a run and kill -9 it as soon as the checkpoint of `iteration` is whole."""
-    arguments = ("--config", "configs/smoke.yaml", f"run_dir={directory}", *SMOKE, *overrides)
+    arguments = ("--config", config, f"run_dir={directory}", *SMOKE, *overrides)
     process = start(*arguments)
     marker = directory / "checkpoints" / f"step-{iteration:05d}" / "COMPLETE.json"
     deadline = time.monotonic() + 200

@@ -15,6 +15,12 @@ from tests.system.test_objectives import assert_same
 from texforce_ray.diffusion.flow_scheduler import SeededFlowScheduler
 from texforce_ray.records.samples import read_samples, samples_path
 
+# As docs/flow.md gives them.
+NFT_DEMO = (
+    "objective={kind: nft, levels: 5, beta: 0.3}", "diffusion.kernel=ode",
+    "diffusion.window=null", "optimizer.lr=3e-3",
+)  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
@@ -36,15 +42,34 @@ def uninterrupted(overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathF
     return run(tmp_path_factory.mktemp("flow") / "run", *overrides)
 
 
+MORE = (
+    "learner.num_workers=2", "learner.num_cpus=0.25", "rollout.num_workers=3",
+    "rollout.num_cpus=0.25",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["ppo", "nft"])
+def test_the_demo_killed_and_resumed_with_other_actors_gives_the_same_bits(
+    objective: str, tmp_path: Path
+) -> None:
+    """configs/shapes-flow.yaml, with few samples; one learner and two rollout actors at first."""
+    few = ("rollout.batch_size=6", "eval.final_images=4", "learner.microbatch_size=12")
+    if objective == "nft":
+        few = (*few, *NFT_DEMO)
+    demo, directory = "configs/shapes-flow.yaml", tmp_path / "run"
+    whole = run(tmp_path / "whole", *few, config=demo)
+    kill_after_checkpoint(directory, 1, *few, config=demo)
+    assert_same(resume(directory, *MORE), whole)
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_with_other_actors_gives_the_same_bits(
     uninterrupted: Finished, overrides: tuple[str, ...], tmp_path: Path
 ) -> None:
     directory = tmp_path / "run"
     kill_after_checkpoint(directory, 1, *overrides)
-    more = ("learner.num_workers=2", "learner.num_cpus=0.25", "rollout.num_workers=3",
-            "rollout.num_cpus=0.25")  # fmt: skip
-    assert_same(resume(directory, *more), uninterrupted)
+    assert_same(resume(directory, *MORE), uninterrupted)
 
 
 def test_ratios_are_one_at_first_and_only_the_window_is_stored(uninterrupted: Finished) -> None:
