@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,23 +116,32 @@ class OneProcess:
         sampler = self.sampler.drawing(
             config.evaluation_guidance, config.evaluation_eta, config.evaluation_steps
         )
-        learned = self.learner.learned()
-        evaluated = learned.snapshot if learned.average is None else learned.average
-        self.learner.adapter.load_weights(evaluated.adapters)
         size, scores, looks = config.rollout.batch_size, [], []
-        for first in range(0, count, size):
-            part = chosen[first : first + size]
-            texts = [p.text for p in part]
-            _, images = sampler.sample(texts, seeds[first : first + size], 0)
-            scores.append(self._score(images, texts, [p.metadata for p in part]))
-            looks.append(Looks.of(images))
-        self.learner.adapter.load_weights(learned.snapshot.adapters)
+        with self.evaluated():
+            for first in range(0, count, size):
+                part = chosen[first : first + size]
+                texts = [p.text for p in part]
+                _, images = sampler.sample(texts, seeds[first : first + size], 0)
+                scores.append(self._score(images, texts, [p.metadata for p in part]))
+                looks.append(Looks.of(images))
         columns = np.concatenate(scores).T
         return Scored(
             tuple(p.text for p in chosen),
             dict(zip(self._scorers, columns, strict=True)),
             Looks.joined(looks),
         )
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Within the block, the adapter holds what is evaluated and exported: of NFT, for example,
+        the policy that learns, not the one that samples."""
+        learned = self.learner.learned()
+        chosen = learned.snapshot if learned.average is None else learned.average
+        self.learner.adapter.load_weights(chosen.adapters)
+        try:
+            yield
+        finally:
+            self.learner.adapter.load_weights(learned.snapshot.adapters)
 
     def _score(
         self,

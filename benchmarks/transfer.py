@@ -1,7 +1,8 @@
 """What an adapter is still worth elsewhere: with other words, and on another model.
 
     python benchmarks/transfer.py                  # what is missing, then the tables
-    python benchmarks/transfer.py --only flow-text --seeds 0
+    python benchmarks/transfer.py --only flow-text --seeds 0 [--gpu]
+    python benchmarks/transfer.py --only flow-text-nft --seeds 0 --run runs/NAME   # trained already
     python benchmarks/transfer.py --page           # only the tables, from the kept results
 
 Two questions in the shapes world. Paraphrases: does an adapter of the text encoders hold up better
@@ -30,23 +31,27 @@ from texforce_ray.shapes.scene import Item, Scene  # noqa: E402
 SEEDS = (0, 1, 2)
 IMAGES = 24  # of each wording
 _BATCH = {"cpu": 32, "cuda": 256}
-_FLOW = "configs/shapes-flow.yaml"
+_FLOW, _NFT = "configs/shapes-flow.yaml", "configs/shapes-flow-nft.yaml"
+# All sample without guidance, and are measured with it.
+_ITERATIONS = ("iterations=14",)
+_TRANSFORMER = (
+    "lora.text_encoder=null", "lora.text_encoder_2=null", "lora.text_encoder_3=null",
+    "lora.denoiser={rank: 16, alpha: 16}",
+)  # fmt: skip
+_FLOW_SETTINGS = (*_ITERATIONS, "diffusion.guidance_scale=1", "objective.kl_weight=0.05")
 # Name: the config, and what differs from it.
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "flow-text": (_FLOW, ()),
-    "flow-transformer": (
-        _FLOW,
-        ("lora.text_encoder=null", "lora.text_encoder_2=null", "lora.text_encoder_3=null",
-         "lora.denoiser={rank: 16, alpha: 16}", "optimizer.lr=5e-3"),
+    "flow-text": (_FLOW, _FLOW_SETTINGS),
+    "flow-transformer": (_FLOW, (*_FLOW_SETTINGS, *_TRANSFORMER, "optimizer.lr=5e-3")),
+    "flow-text-nft": (_NFT, ()),
+    "flow-transformer-nft": (_NFT, _TRANSFORMER),
+    "flow-shared": (
+        _FLOW, (*_FLOW_SETTINGS, "lora.text_encoder_2=null", "lora.text_encoder_3=null")
     ),
-    "flow-transformer-slow": (
-        _FLOW,
-        ("lora.text_encoder=null", "lora.text_encoder_2=null", "lora.text_encoder_3=null",
-         "lora.denoiser={rank: 16, alpha: 16}", "optimizer.lr=2e-3"),
-    ),
-    "flow-shared": (_FLOW, ("lora.text_encoder_2=null", "lora.text_encoder_3=null")),
-    "ddim-shared": ("configs/shapes.yaml", ()),
+    "ddim-shared": ("configs/shapes.yaml", _ITERATIONS),
 }  # fmt: skip
+# How often each is measured, in iterations; 0: at its end alone.
+_EVERY = dict.fromkeys(RUNS, 2) | {"flow-text-nft": 0, "flow-transformer-nft": 4}
 # Where each is evaluated besides its own model: on the one whose first encoder is the same.
 OTHER = {"flow-shared": "configs/shapes.yaml", "ddim-shared": _FLOW}
 
@@ -104,19 +109,32 @@ def _process(file: str, overrides: Sequence[str], *, gpu: bool) -> Any:
     return OneProcess(config, gpu=gpu)
 
 
-def perform(name: str, seed: int, *, gpu: bool = False) -> None:
-    """Train, measure after every other iteration, and keep the result."""
+def perform(name: str, seed: int, *, gpu: bool = False, run: Path | None = None) -> None:
+    """Train, measure now and then, and keep the result; or measure what `run` has trained."""
     import torch
+
+    from texforce_ray.model.adapter_files import read_adapter
 
     file, overrides = RUNS[name]
     torch.set_num_threads(1 if gpu else 2)
     process = _process(file, [f"seed={seed}", *overrides], gpu=gpu)
+    iterations, every = process.config.iterations, _EVERY[name]
     points = [{"iteration": 0, **_measured(process)}]
-    for metrics in process.iterations():
-        if metrics["iteration"] % 2 == 0:
-            points.append({"iteration": metrics["iteration"], **_measured(process)})
-            print(f"{name}, seed {seed}: {points[-1]}", flush=True)
-    answer: dict[str, Any] = {"overrides": overrides, "points": points}
+    if run is not None:
+        process.learner.adapter.load_weights(read_adapter(run / "adapter").adapters)
+        points.append({"iteration": iterations, **_measured(process)})
+    else:
+        for metrics in process.iterations():
+            done = int(metrics["iteration"])
+            if done == iterations or (every and done % every == 0):
+                with process.evaluated():
+                    points.append({"iteration": done, **_measured(process)})
+                print(f"{name}, seed {seed}: {points[-1]}", flush=True)
+    answer: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if gpu else "CPU",
+        "overrides": overrides,
+        "points": points,
+    }
     if name in OTHER:
         answer["elsewhere"] = _elsewhere(OTHER[name], process, gpu=gpu)
     KEPT.mkdir(parents=True, exist_ok=True)
@@ -176,6 +194,7 @@ def main() -> None:
     parser.add_argument("--only", choices=tuple(RUNS), nargs="+", default=tuple(RUNS))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--gpu", action="store_true", help="train and measure on a GPU")
+    parser.add_argument("--run", type=Path, help="a run of that config and seed, to measure")
     parser.add_argument("--page", action="store_true", help="only write the tables")
     options = parser.parse_args()
     if not options.page:
@@ -185,7 +204,7 @@ def main() -> None:
         for seed in options.seeds:
             for name in options.only:
                 if not (KEPT / f"{name}-{seed}.json").exists():
-                    perform(name, seed, gpu=options.gpu)
+                    perform(name, seed, gpu=options.gpu, run=options.run)
     write_page()
 
 

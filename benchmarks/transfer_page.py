@@ -16,11 +16,15 @@ KEPT = ROOT / "docs" / "results" / "transfer"
 PAGE = ROOT / "docs" / "results" / "transfer.md"
 DISCUSSION = KEPT / "discussion.md"
 NAMES = {
-    "flow-text": "flow pipeline, three text encoders",
-    "flow-transformer": "flow pipeline, transformer",
+    "flow-text": "three text encoders, PPO",
+    "flow-transformer": "transformer, PPO",
+    "flow-text-nft": "three text encoders, NFT",
+    "flow-transformer-nft": "transformer, NFT",
     "flow-shared": "flow pipeline, shared encoder alone",
     "ddim-shared": "DDIM pipeline, shared encoder",
 }
+_WORDS = tuple(NAMES)[:4]
+_ENOUGH = 0.05  # of a gain, for a share of it to mean anything
 
 
 def write_page() -> None:
@@ -57,13 +61,13 @@ def kinds_of(run: dict[str, Any]) -> list[str]:
 
 
 def _words(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
-    found = {name: runs[name] for name in ("flow-text", "flow-transformer") if runs[name]}
+    found = {name: runs[name] for name in _WORDS if runs[name]}
     lines = [
         "# What an adapter is worth elsewhere", "",
         "## Other words", "",
-        "Gains over the base model by `shapes`, drawn as stock pipelines draw (guidance of the "
-        "config, no noise): on the four trained phrases, and on phrases that say the same in other "
-        "words and were never trained on. Mean and range of the seeds.", "",
+        "Gains over the base model by `shapes` on the flow pipeline, drawn as stock pipelines draw "
+        "(guidance 3, no noise): on the four trained phrases, and on phrases that say the same in "
+        "other words and were never trained on. Mean and range of the seeds.", "",
     ]  # fmt: skip
     if not found:
         return lines
@@ -81,8 +85,9 @@ def _words(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
         ]
         words = [gained(run["points"], kinds)[-1] for run in each]
         cells = [_cell(column) for column in columns] + [_cell([y for _, y in words])]
-        share = mean(y for _, y in words) / mean(x for x, _ in words)
-        lines.append(f"| {NAMES[name]} | {len(each)} | {' | '.join(cells)} | {share:.0%} |")
+        here, there = mean(x for x, _ in words), mean(y for _, y in words)
+        share = f"{there / here:.0%}" if here > _ENOUGH else "-"
+        lines.append(f"| {NAMES[name]} | {len(each)} | {' | '.join(cells)} | {share} |")
     return [*lines, "", *_matched(found, kinds)]
 
 

@@ -15,12 +15,6 @@ from tests.system.test_objectives import assert_same
 from texforce_ray.diffusion.flow_scheduler import SeededFlowScheduler
 from texforce_ray.records.samples import read_samples, samples_path
 
-# As docs/flow.md gives them.
-NFT_DEMO = (
-    "objective={kind: nft, levels: 5, beta: 0.3}", "diffusion.kernel=ode",
-    "diffusion.window=null", "optimizer.lr=3e-3",
-)  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
@@ -49,15 +43,13 @@ MORE = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["ppo", "nft"])
-def test_the_demo_killed_and_resumed_with_other_actors_gives_the_same_bits(
-    objective: str, tmp_path: Path
+@pytest.mark.parametrize("demo", ["configs/shapes-flow.yaml", "configs/shapes-flow-nft.yaml"])
+def test_a_demo_killed_and_resumed_with_other_actors_gives_the_same_bits(
+    demo: str, tmp_path: Path
 ) -> None:
-    """configs/shapes-flow.yaml, with few samples; one learner and two rollout actors at first."""
+    """Of few samples; with one learner and two rollout actors, then with two and three."""
     few = ("rollout.batch_size=6", "eval.final_images=4", "learner.microbatch_size=12")
-    if objective == "nft":
-        few = (*few, *NFT_DEMO)
-    demo, directory = "configs/shapes-flow.yaml", tmp_path / "run"
+    directory = tmp_path / "run"
     whole = run(tmp_path / "whole", *few, config=demo)
     kill_after_checkpoint(directory, 1, *few, config=demo)
     assert_same(resume(directory, *MORE), whole)
