@@ -103,7 +103,10 @@ def test_exported_files_draw_the_same_images(
 
 def test_the_product_runs_at_its_lower_bounds() -> None:
     """Sampler, learner, export and reload of every family, with the oldest allowed libraries."""
-    areas = "adapter", "backbones", "begin", "effect", "fusion", "loading", "precision", "sampler"
+    areas = (
+        "adapter", "backbones", "begin", "effect", "encoders", "flow", "flow_backbones",
+        "flow_loras", "flow_world", "fusion", "loading", "precision", "sampler",
+    )  # fmt: skip
     tests = [f"test_{area}.py" for area in areas]
     ran = subprocess.run(
         [_interpreter("lowest"), "-m", "pytest", "-q", *(f"tests/unit/{t}" for t in tests)],
