@@ -89,13 +89,14 @@ class Backbone(ABC):
                 f"has {layers}; use at most {most}"
             )
 
-    def compile(self) -> None:
-        """torch.compile the U-Net; all shapes it then sees depend only on the batch size."""
+    def compile(self, **options: Any) -> None:
+        """torch.compile the denoiser, with torch's options; shapes depend on batch sizes alone."""
         # With and without gradient, with and without adapter, a few batch sizes: beyond the limit
-        # (8), torch would silently run uncompiled. The name is that of torch 2.6, our minimum;
-        # later versions keep it as an alias of recompile_limit.
+        # (8), torch would silently run uncompiled. Later versions than 2.6 call it recompile_limit.
         torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
-        self.denoiser.compile(dynamic=False)
+        blocks = [block for name in self.blocks for block in getattr(self.denoiser, name)]
+        for region in blocks or [self.denoiser]:
+            region.compile(dynamic=False, **options)
         self.compiled = True
 
     @property
@@ -156,6 +157,7 @@ class Backbone(ABC):
     ignored: tuple[str, ...] = ()
     # Whether text encoders that are not trained can be parked.
     parks: bool = False
+    blocks: tuple[str, ...] = ()  # the denoiser's lists of like blocks: each kind is compiled once
     # The largest `max_sequence_length` that the stock pipeline takes.
     longest: float = float("inf")
 

@@ -109,6 +109,7 @@ class StableDiffusion3(FlowTransformer):
         return int(network["sample_size"])
 
     max_shift = 1.16
+    blocks = ("transformer_blocks",)
     longest = 512
 
     @staticmethod
@@ -151,6 +152,7 @@ class Flux(FlowTransformer):
     """FLUX.1: CLIP's pooled embedding, T5's tokens, packed latents, guidance as an input."""
 
     ignored = ("clip_skip", "negative_prompt")
+    blocks = ("transformer_blocks", "single_transformer_blocks")
     longest = 512
 
     def __init__(
@@ -257,7 +259,8 @@ class ZImage(FlowTransformer):
         hidden, mask = self.encoders[0](ids[0])
         return Conditioning(hidden.to(self.dtype), mask=mask.to(self.dtype))
 
-    def compile(self) -> None:
+    def compile(self, **options: Any) -> None:
+        del options
         raise ConfigError(
             "model.compile: true, but Z-Image's transformer has other shapes for each length of a "
             "prompt, and would be compiled again and again; leave it false"

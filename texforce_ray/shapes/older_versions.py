@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 def name_as_older_versions_do(file: Path) -> None:
     """Put `text_model.` before the keys of CLIP's layers, and take it from the projection's.
 
-    transformers before 5.6 reads no others and would leave the encoder random; later ones read both.
+    transformers before 5.6 reads no others and would leave the encoder random; later ones read
+    both.
     """
     named = {}
     for key, value in load_file(file).items():
