@@ -38,7 +38,12 @@ _TRANSFORMER = (
     "lora.text_encoder=null", "lora.text_encoder_2=null", "lora.text_encoder_3=null",
     "lora.denoiser={rank: 16, alpha: 16}",
 )  # fmt: skip
-_FLOW_SETTINGS = (*_ITERATIONS, "diffusion.guidance_scale=1", "objective.kl_weight=0.05")
+_FLOW_SETTINGS = (
+    *_ITERATIONS,
+    "diffusion.guidance_scale=1",
+    "objective.kl_weight=0.05",
+    "objective.trust_kl=1e-4",
+)
 # Name: the config, and what differs from it.
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "flow-text": (_FLOW, _FLOW_SETTINGS),
