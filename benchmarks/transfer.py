@@ -202,6 +202,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a run of that config and seed, to measure")
     parser.add_argument("--page", action="store_true", help="only write the tables")
     options = parser.parse_args()
+    if options.run and (len(options.only), len(options.seeds)) != (1, 1):
+        parser.error("--run: name what it is a run of: one of --only, and one of --seeds")
     if not options.page:
         from common import as_in_an_actor
 
