@@ -4,8 +4,8 @@
 
 BEFORE and AFTER are each a bench.json, or a folder with several of the same commit and machine. A
 figure's range among them is its noise; it has moved if the two ranges are further apart than the
-share --noise of its value. Exits with 1 if something that needs no quiet machine (bytes, FLOPs,
-calls, compilations) moved at all.
+share --noise of its value. Exits with 1 if a count, which needs no quiet machine, moved at all:
+what a result calls bytes, flops, flops_per_sample, calls or compilations.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _LABELS = (
     "name", "size", "batch", "staleness", "nodes", "rollouts", "s", "l", "what", "dtype", "family",
     "learners",
 )  # fmt: skip
-_EXACT = ("bytes", "flop", "calls", "compilations")
-_INEXACT = ("peak_flops", "store_bytes")  # measured, not counted
+# Counted, not measured: they need no quiet machine. A peak of memory is not among them.
+_COUNTS = ("bytes", "calls", "compilations", "flops", "flops_per_sample")
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class Moved:
     @property
     def exact(self) -> bool:
         """Whether it is counted, not timed."""
-        last = self.name.rpartition(".")[2]
-        return any(word in last for word in _EXACT) and last not in _INEXACT
+        return self.name.rpartition(".")[2] in _COUNTS
 
 
 def figures(value: Any, name: str = "") -> Iterator[tuple[str, float]]:

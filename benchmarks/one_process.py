@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from texforce_ray import randomness
+from texforce_ray.artifacts.snapshot import PolicySnapshot
 from texforce_ray.config import Config
 from texforce_ray.diffusion.sampler import Sampler
 from texforce_ray.diffusion.trajectory import concatenate
@@ -131,17 +132,20 @@ class OneProcess:
             Looks.joined(looks),
         )
 
+    def exported(self) -> PolicySnapshot:
+        """What is evaluated and exported: of NFT, the policy that learns, not that which samples."""
+        learned = self.learner.learned()
+        return learned.snapshot if learned.average is None else learned.average
+
     @contextmanager
     def evaluated(self) -> Iterator[None]:
-        """Within the block, the adapter holds what is evaluated and exported: of NFT, for example,
-        the policy that learns, not the one that samples."""
-        learned = self.learner.learned()
-        chosen = learned.snapshot if learned.average is None else learned.average
-        self.learner.adapter.load_weights(chosen.adapters)
+        """Within the block, the adapter holds what is exported."""
+        sampling = self.learner.learned().snapshot
+        self.learner.adapter.load_weights(self.exported().adapters)
         try:
             yield
         finally:
-            self.learner.adapter.load_weights(learned.snapshot.adapters)
+            self.learner.adapter.load_weights(sampling.adapters)
 
     def _score(
         self,

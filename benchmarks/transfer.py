@@ -183,8 +183,7 @@ def _elsewhere(file: str, process: Any, *, gpu: bool) -> dict[str, dict[str, flo
     from texforce_ray.artifacts.snapshot import PolicySnapshot
     from texforce_ray.model.adapter import Adapter
 
-    learned = process.learner.learned()
-    trained = learned.snapshot if learned.average is None else learned.average
+    trained = process.exported()
     part = "text_encoder"
     alone = PolicySnapshot(0, {part: trained.shapes[part]}, {part: trained.adapters[part]})
     other = _process(file, (), gpu=gpu)

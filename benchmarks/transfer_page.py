@@ -23,7 +23,7 @@ NAMES = {
     "flow-shared": "flow pipeline, shared encoder alone",
     "ddim-shared": "DDIM pipeline, shared encoder",
 }
-_WORDS = tuple(NAMES)[:4]
+_WORDS = tuple(name for name in NAMES if not name.endswith("-shared"))
 _ENOUGH = 0.05  # of a gain, for a share of it to mean anything
 
 

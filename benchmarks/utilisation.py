@@ -1,7 +1,8 @@
 """How near to the device's limit rollout and learner are, and what eats the rest.
 
     python benchmarks/utilisation.py [--size NAME] [--batches N ...] [--title NAME]
-                                     [--pipeline FOLDER] [--device auto] [key.sub=value ...]
+                                     [--pipeline FOLDER] [--no-profile] [--device auto]
+                                     [key.sub=value ...]
 
 Model FLOPs over time, as a share of this run's best matrix product in the networks' dtype, for each
 batch size; samples/s of rollout and whole loop (one after the other); peak memory; and the

@@ -60,3 +60,8 @@ def test_the_command_names_what_moved_and_fails_for_counts_alone(tmp_path: Path)
     assert code == 1
     assert "scaling.bytes: 100 -> 101" in out
     assert "different machines" in out
+
+
+def test_a_peak_of_memory_is_measured_and_may_move(tmp_path: Path) -> None:
+    before, after = ({"utilisation": {"learner_bytes": 1000 + more}} for more in (0, 1))
+    assert ran(tmp_path, before, after)[0] == 0

@@ -56,7 +56,7 @@ class ModelConfig(Section):
     )
     compile: bool = Field(
         False,
-        description="torch.compile the U-Net: faster, but the first batch of each shape takes a "
+        description="torch.compile the denoiser: faster, but the first batch of each shape takes a "
         "minute or more",
     )
     device: str = free("auto", "'auto' (cuda if the actor was given a GPU), 'cpu', 'cuda'")
