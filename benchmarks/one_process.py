@@ -133,7 +133,7 @@ class OneProcess:
         )
 
     def exported(self) -> PolicySnapshot:
-        """What is evaluated and exported: of NFT, the policy that learns, not that which samples."""
+        """What is evaluated and exported: of NFT, the policy that learns, not the sampling one."""
         learned = self.learner.learned()
         return learned.snapshot if learned.average is None else learned.average
 
