@@ -32,7 +32,7 @@ SEEDS = (0, 1, 2)
 IMAGES = 24  # of each wording
 _BATCH = {"cpu": 32, "cuda": 256}
 _FLOW, _NFT = "configs/shapes-flow.yaml", "configs/shapes-flow-nft.yaml"
-# All sample without guidance, and are measured with it.
+# All are measured with guidance; those by PPO sample without it.
 _ITERATIONS = ("iterations=14",)
 _TRANSFORMER = (
     "lora.text_encoder=null", "lora.text_encoder_2=null", "lora.text_encoder_3=null",
