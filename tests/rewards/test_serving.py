@@ -146,7 +146,7 @@ def test_units_are_merged_when_asked_for_and_one_bad_unit_does_not_mask_the_othe
     )
     assert [answer.scores for answer in spoilt] == [[6.0] * 6, None, [6.0] * 6]
     assert "a black image" in str(spoilt[1].error)
-    assert statistics["scoring/BatchSize_retries"] == 2
+    assert statistics["scoring/BatchSize_retries"] == 3  # each of them alone
     # Two units wait in vain for a third: they are scored all the same.
     pair, _ = _scores(_config(_own("BatchSize", merge_units=3)), units=2)
     assert [answer.scores for answer in pair] == [[12.0] * 6] * 2

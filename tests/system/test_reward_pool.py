@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from tests.rewards.services import service
-from texforce_ray.actors.messages import Scores, pack_images
+from texforce_ray.actors.messages import Scores, ScoringTask, pack_images
 from texforce_ray.actors.reward import RewardServer
 from texforce_ray.config.io import make_config
 from texforce_ray.crew.budget import Budget
@@ -28,7 +28,9 @@ def server(target: str, **kwargs: Any) -> Any:
 
 def score(target: str) -> Any:
     images = np.zeros((3, 8, 8, 3), dtype=np.uint8)
-    return ray.get(server(target).score.remote(["a"] * 3, [{}] * 3, pack_images(images)))
+    task = ScoringTask(["a"] * 3, [{}] * 3)
+    (answer,) = ray.get(server(target).score.remote([task], pack_images(images)))
+    return answer
 
 
 def test_a_reward_server_scores_in_parts_and_keeps_order() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from texforce_ray.actors.messages import SampleInfo, Updated, UpdateTask, WorkUnit
 from texforce_ray.artifacts.snapshot import Learned, LearnerState, PolicySnapshot
+from texforce_ray.cluster.answers import beside
 from texforce_ray.config import RewardConfig
 from texforce_ray.config.io import load_config
 from texforce_ray.crew.budget import Budget
@@ -19,7 +20,7 @@ from texforce_ray.crew.crew import Crew
 from texforce_ray.crew.scoring import RewardPool
 from texforce_ray.driver.collect import TrainingBatch, collect
 from texforce_ray.driver.policy import Policy
-from texforce_ray.errors import ActorError, LostObjectError, NobodyLeftError
+from texforce_ray.errors import ActorError, LostObjectError, NobodyLeftError, RunDirectoryError
 
 CONFIG = load_config("configs/smoke.yaml")
 
@@ -91,13 +92,33 @@ def test_a_lost_trajectory_or_state_costs_an_update_again_with_fresh_ones(what: 
     batch = _collected(crew)
     policy = Policy(CONFIG)
     policy._publish(Updated({}), list(_learned(0)), _learned(0))  # type: ignore[arg-type]
-    asyncio.run(policy.update(crew, batch))  # type: ignore[arg-type]
+    asyncio.run(policy.update(crew, batch, asyncio.sleep(0)))  # type: ignore[arg-type]
     assert policy.version == 1
     assert policy.learned[1] == _learned(1)
     assert len(crew.given) == 3
     assert crew.given[0] == batch.scored.trajectories
     assert len(set(crew.given)) == 3  # drawn again each time
     assert crew.drawn == [0, 1, 0, 1, 0, 1]
+
+
+def test_a_version_whose_samples_could_not_be_written_is_not_published() -> None:
+    """Its masks would be unknown to a run that repeats the iteration."""
+    policy = Policy(CONFIG)
+    policy._publish(Updated({}), list(_learned(0)), _learned(0))  # type: ignore[arg-type]
+
+    async def full() -> None:
+        raise RunDirectoryError("the disk is full")
+
+    async def job() -> None:
+        async with beside(full()) as written:
+            await policy.update(crew, batch, written)  # type: ignore[arg-type]
+
+    crew = Crowd({})
+    batch = _collected(crew)
+    with pytest.raises(RunDirectoryError, match="full"):
+        asyncio.run(job())
+    assert policy.version == 0
+    assert crew.given  # the update itself was made
 
 
 def test_losing_for_ever_ends_at_the_budget() -> None:

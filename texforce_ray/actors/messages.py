@@ -74,8 +74,19 @@ class SampleInfo(NamedTuple):
     actor: Whereabouts | None = None
 
 
+class ScoringTask(NamedTuple):
+    """Images that a reward scores together, with a prompt and the metadata of each.
+
+    payloads: how many of the call's image payloads they are, in order.
+    """
+
+    prompts: list[str]
+    metadata: list[dict[str, Any]]
+    payloads: int = 1
+
+
 class Scores(NamedTuple):
-    """What a reward server returns: scores, or the reason why there are none."""
+    """A reward server's answer to one task: scores, or the reason why there are none."""
 
     scores: list[float] | None
     error: str | None

@@ -7,6 +7,8 @@ import resource
 import sys
 import time
 import traceback
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import numpy as np
 from texforce_ray.actors.messages import (
     ImagePayload,
     Scores,
+    ScoringTask,
     Whereabouts,
     unpack_images,
     whereabouts,
@@ -49,35 +52,41 @@ class RewardServer:
             peak["gpu"] = torch.cuda.max_memory_allocated() / 1e6
         return peak
 
-    def score(
-        self, prompts: list[str], metadata: list[dict[str, Any]], *payloads: ImagePayload
-    ) -> Scores:
-        """Score B images, from one unit of work or several, in parts of at most `batch_size`.
+    def score(self, tasks: Sequence[ScoringTask], *payloads: ImagePayload) -> list[Scores]:
+        """Score the images of each task, in parts of at most `batch_size`.
+
+        All tasks of a call share one deadline.
 
         Raises:
             DeviceError: the GPU failed; this process should not be used again.
         """
-        start = time.perf_counter()
-        parts = [unpack_images(payload) for payload in payloads]
-        images, scores = parts[0] if len(parts) == 1 else np.concatenate(parts), []
-        images.flags.writeable = False
+        remaining = iter(payloads)
         deadline.begin(self.timeout_s)
         try:
-            for first in range(0, len(prompts), self.batch_size):
+            return [self._scores(task, list(islice(remaining, task.payloads))) for task in tasks]
+        finally:
+            deadline.end()
+
+    def _scores(self, task: ScoringTask, payloads: list[ImagePayload]) -> Scores:
+        start = time.perf_counter()
+        count, scores = len(task.prompts), []
+        try:
+            parts = [unpack_images(payload) for payload in payloads]
+            images = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            images.flags.writeable = False
+            for first in range(0, count, self.batch_size):
                 if deadline.left() < 0:
                     raise TimeoutError(
-                        f"{first} of {len(prompts)} images took {time.perf_counter() - start:.0f} "
+                        f"{first} of {count} images took {time.perf_counter() - start:.0f} "
                         f"s, but the reward's timeout_s is {self.timeout_s:g}"
                     )
                 part = slice(first, first + self.batch_size)
-                values = self.reward.score(images[part], prompts[part], metadata[part])
-                scores += checked_scores(values, len(prompts[part]), self.name)
+                values = self.reward.score(images[part], task.prompts[part], task.metadata[part])
+                scores += checked_scores(values, len(task.prompts[part]), self.name)
         except Exception as error:  # a user's reward may raise anything: it is retried, then masked
             if is_device_fault(error):  # every later call would fail as well
                 raise DeviceError(redacted(f"{type(error).__name__}: {error}")) from None
             where = traceback.extract_tb(error.__traceback__)[-1]
             message = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
             return Scores(None, redacted(message), time.perf_counter() - start)
-        finally:
-            deadline.end()
         return Scores(scores, None, time.perf_counter() - start)

@@ -21,6 +21,7 @@ from texforce_ray.actors.messages import (
     Refs,
     SampleInfo,
     Scores,
+    ScoringTask,
     UpdateTask,
     Whereabouts,
     WorkUnit,
@@ -88,10 +89,8 @@ class RewardScorer(Protocol):
     def memory(self) -> dict[str, float]:
         """Peak memory in MB, by kind."""
 
-    def score(
-        self, prompts: list[str], metadata: list[dict[str, Any]], *payloads: ImagePayload
-    ) -> Scores:
-        """Scores of B images; a failure of the reward is data, not an exception."""
+    def score(self, tasks: Sequence[ScoringTask], *payloads: ImagePayload) -> list[Scores]:
+        """Scores for each task; a failure of the reward is data, not an exception."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import re
 import tempfile
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ray._private.state import actors as actor_states  # no public call without the dashboard
 from ray.exceptions import (
@@ -33,6 +34,8 @@ from texforce_ray.errors import (
 
 # Ray's errors for a process that is gone: killed, out of memory, its node lost.
 GONE = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
+
+_T = TypeVar("_T")
 
 _LOG_LINES = 5
 _OURS = re.compile(r"texforce_ray\.errors\.(\w+): ")
@@ -141,3 +144,15 @@ async def gather(*jobs: Any) -> list[Any]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
+
+
+@contextlib.asynccontextmanager
+async def beside(job: Coroutine[Any, Any, _T]) -> AsyncIterator[asyncio.Task[_T]]:
+    """Run a job beside the block, which may await it; at the end of the block it has ended."""
+    task = asyncio.ensure_future(job)
+    try:
+        yield task
+        await task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

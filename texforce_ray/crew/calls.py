@@ -25,7 +25,8 @@ async def answer(refs: Any, timeout: float) -> Result:
     """
     first, *rest = refs if isinstance(refs, Sequence) else [refs]
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(first.future()), timeout), tuple(rest)
+        async with asyncio.timeout(timeout):
+            return await asyncio.wrap_future(first.future()), tuple(rest)
     except RayTaskError as error:
         if fault := device_fault(error):
             raise fault from None

@@ -303,7 +303,8 @@ class ActorPool:
         while True:
             self.queued += 1
             try:
-                index = await asyncio.wait_for(self._idle.get(), self.start_timeout)
+                async with asyncio.timeout(self.start_timeout):
+                    index = await self._idle.get()
             except TimeoutError:
                 if self._present and others_work:  # each of their tasks has a deadline
                     continue

@@ -1,4 +1,8 @@
-"""The servers of one reward as the driver sees them: retries, merging of units, statistics."""
+"""The servers of one reward as the driver sees them: queue, batches, retries, statistics.
+
+Units that wait while all servers are busy share a call, if the reward is quick: then calls, not
+scores, are what takes the time. A call's units are scored one by one, or `merge_units` together.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,26 @@ from typing import Any
 import numpy as np
 import ray
 
-from texforce_ray.actors.messages import Scores
+from texforce_ray.actors.messages import Scores, ScoringTask
 from texforce_ray.cluster.answers import backoff
 from texforce_ray.config import RewardConfig
 from texforce_ray.crew.pool import ActorPool
-from texforce_ray.errors import ActorError, BudgetSpentError, NobodyLeftError
+from texforce_ray.errors import (
+    ActorError,
+    BudgetSpentError,
+    LostObjectError,
+    NobodyLeftError,
+)
 
 _MERGE_WAIT_S = 0.05  # how long a unit waits for others to be scored with it
+_MOST_UNITS = 16  # of a call
+_CALL_S = 0.5  # how long a call with several units may take, and
+_CALL_SHARE = 0.1  # which share of the deadline, which all of them share
 
 
 @dataclass
 class ScoringStatistics:
-    """Statistics since they were last taken. seconds: of each call, from request to answer."""
+    """Statistics since they were last taken. seconds: of each unit, from request to answer."""
 
     seconds: list[float] = field(default_factory=list)
     queue: int = 0
@@ -37,8 +49,8 @@ class ScoringStatistics:
         return {f"scoring/{name}_{key}": value for key, value in values.items()}
 
 
-@dataclass
-class _Waiting:
+@dataclass(frozen=True)
+class _Unit:
     """A unit's images on their way to a server."""
 
     images: ray.ObjectRef
@@ -54,9 +66,10 @@ class RewardPool:
         self.reward, self.actors = reward, actors
         self.statistics = ScoringStatistics()
         self._asked = 0
-        self._waiting: list[_Waiting] = []
-        self._timer: asyncio.TimerHandle | None = None
-        self._calls: set[asyncio.Task[None]] = set()
+        self._waiting: list[_Unit] = []
+        self._timer: asyncio.Handle | None = None
+        self._calls: dict[asyncio.Task[None], list[_Unit]] = {}
+        self._unit_seconds = float("inf")  # a unit's share of the last call
 
     def take_statistics(self) -> dict[str, float]:
         """Metrics since the last call of this method."""
@@ -73,80 +86,141 @@ class RewardPool:
     ) -> Scores:
         """Scores of one unit's images; after all retries, the error instead of scores."""
         began = time.perf_counter()
+        answer: asyncio.Future[Scores] = asyncio.get_running_loop().create_future()
         self._asked += 1
         self.statistics.queue = max(self.statistics.queue, self._asked - len(self.actors.actors))
+        self._waiting.append(_Unit(images, list(prompts), list(metadata), answer))
+        self._dispatch_soon()
         try:
-            if self.reward.merge_units == 1:
-                return await self._call([images], list(prompts), list(metadata))
-            return await self._merged(images, list(prompts), list(metadata))
+            return await answer
+        except asyncio.CancelledError:
+            for call, units in self._calls.items():
+                if all(unit.answer.done() for unit in units):  # cancelled, here as elsewhere
+                    call.cancel()
+            raise
         finally:
             self._asked -= 1
             self.statistics.seconds.append(time.perf_counter() - began)
 
-    async def _call(
-        self, images: list[ray.ObjectRef], prompts: list[str], metadata: list[dict[str, Any]]
-    ) -> Scores:
-        """One call, retried up to `retries` times, whatever the cause."""
-        answer = Scores(None, "never tried", 0.0)
-        for attempt in range(self.reward.retries + 1):
-            self.statistics.retries += bool(attempt)
-            await asyncio.sleep(backoff(attempt, self.reward.retry_pause_s))
-            try:
-                answer, _ = await self.actors.run(
-                    f"scoring {len(prompts)} images",
-                    lambda actor: actor.score.remote(prompts, metadata, *images),
-                    self.reward.timeout_s,
-                )
-            except (NobodyLeftError, BudgetSpentError):
-                raise  # a mask is permanent, and Ray may be at fault
-            except ActorError as error:  # the pool has already tried other servers
-                return Scores(None, str(error), 0.0)
-            if answer.error is None:
-                return answer
-        return answer
+    # ---- calls ---------------------------------------------------------------------------
 
-    async def _merged(
-        self, images: ray.ObjectRef, prompts: list[str], metadata: list[dict[str, Any]]
-    ) -> Scores:
-        """Wait a moment for more units, then score all of them in one call."""
+    def _dispatch_soon(self) -> None:
+        """Start calls once all units that are ready at this moment wait together."""
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(images, prompts, metadata, loop.create_future())
-        self._waiting.append(waiting)
-        if len(self._waiting) >= self.reward.merge_units:
-            self._flush()
+        if len(self._waiting) == self.reward.merge_units:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = loop.call_soon(self._dispatch)
         elif self._timer is None:
-            self._timer = loop.call_later(_MERGE_WAIT_S, self._flush)
-        return await waiting.answer
+            self._timer = loop.call_later(_MERGE_WAIT_S, self._dispatch)
 
-    def _flush(self) -> None:
+    def _dispatch(self) -> None:
+        """Give waiting units to the servers that have nothing to do."""
         if self._timer is not None:
             self._timer.cancel()
-        units, self._waiting, self._timer = self._waiting, [], None
-        task = asyncio.ensure_future(self._call_merged(units))
-        self._calls.add(task)  # the loop itself keeps only a weak reference
-        task.add_done_callback(self._calls.discard)
+            self._timer = None
+        self._waiting = [unit for unit in self._waiting if not unit.answer.done()]
+        while self._waiting and len(self._calls) < len(self.actors.actors):
+            count = self._units_of_a_call()
+            units, self._waiting = self._waiting[:count], self._waiting[count:]
+            call = asyncio.ensure_future(self._answer(units))
+            self._calls[call] = units
+            call.add_done_callback(self._called)
 
-    async def _call_merged(self, units: list[_Waiting]) -> None:
-        prompts = [prompt for unit in units for prompt in unit.prompts]
-        metadata = [entry for unit in units for entry in unit.metadata]
+    def _called(self, call: asyncio.Task[None]) -> None:
+        del self._calls[call]
+        self._dispatch()
+
+    def _units_of_a_call(self) -> int:
+        """An equal share of what waits, as far as a call stays short; whole merges."""
+        share = -(-len(self._waiting) // len(self.actors.actors))
+        longest = min(_CALL_S, _CALL_SHARE * self.reward.timeout_s)
+        quick = longest / max(self._unit_seconds, longest / _MOST_UNITS)
+        merge = self.reward.merge_units
+        return max(1, int(min(share, quick)) // merge) * merge
+
+    async def _answer(self, units: list[_Unit]) -> None:
+        """Score units in one call; those that fail are then tried again in calls of their own."""
+        together = len(units) > 1
         try:
-            answer = await self._call([unit.images for unit in units], prompts, metadata)
-            first = 0
-            for unit in units:
-                share = len(unit.prompts) / len(prompts)
-                part = slice(first, first + len(unit.prompts))
-                first = part.stop
-                mine = answer
-                if answer.error is not None and len(units) > 1:
-                    # One unit's bad image must not mask the others'.
-                    mine = await self._call([unit.images], unit.prompts, unit.metadata)
-                elif answer.scores is not None:
-                    mine = Scores(answer.scores[part], None, answer.seconds * share)
-                if not unit.answer.done():
-                    unit.answer.set_result(mine)
-        except BaseException as error:
-            for unit in units:
-                if not unit.answer.done():
-                    unit.answer.set_exception(error)
-            if isinstance(error, asyncio.CancelledError):
-                raise
+            answers, last = await self._call(units)
+        except Exception as error:
+            if not (together and isinstance(error, LostObjectError)):
+                for unit in units:
+                    _settle(unit, error)
+                return
+            answers, last = [Scores(None, str(error), 0.0)] * len(units), False
+        again = []
+        for unit, answer in zip(units, answers, strict=True):
+            # Another unit of the call may be at fault.
+            if answer.error is None or (last and not together):
+                _settle(unit, answer)
+            else:
+                again.append(self._answer_alone(unit, answer, together=together))
+        await asyncio.gather(*again)
+
+    async def _answer_alone(self, unit: _Unit, answer: Scores, *, together: bool) -> None:
+        """Try a unit again, up to `retries` times; at least once if it was never alone."""
+        try:
+            for attempt in range(1, max(self.reward.retries, int(together)) + 1):
+                self.statistics.retries += 1
+                await asyncio.sleep(backoff(attempt, self.reward.retry_pause_s))
+                (answer,), last = await self._call([unit])
+                if answer.error is None or last:
+                    break
+            _settle(unit, answer)
+        except Exception as error:
+            _settle(unit, error)
+
+    async def _call(self, units: list[_Unit]) -> tuple[list[Scores], bool]:
+        """One call: an answer for each unit, and whether the pool has tried all that it can.
+
+        Raises:
+            LostObjectError, NobodyLeftError, BudgetSpentError: not the reward's fault.
+        """
+        merge = self.reward.merge_units
+        groups = [units[first : first + merge] for first in range(0, len(units), merge)]
+        tasks = [_task(group) for group in groups]
+        images = [unit.images for unit in units]
+        try:
+            results, _ = await self.actors.run(
+                f"scoring {sum(len(unit.prompts) for unit in units)} images",
+                lambda actor: actor.score.remote(tasks, *images),
+                self.reward.timeout_s,
+            )
+        except (NobodyLeftError, BudgetSpentError):
+            raise  # a mask is permanent, and Ray may be at fault
+        except ActorError as error:
+            return [Scores(None, str(error), 0.0)] * len(units), True
+        self._unit_seconds = sum(result.seconds for result in results) / len(units)
+        answers = [_shares(group, result) for group, result in zip(groups, results, strict=True)]
+        return [answer for shares in answers for answer in shares], False
+
+
+def _task(group: list[_Unit]) -> ScoringTask:
+    """What a reward scores together."""
+    prompts = [prompt for unit in group for prompt in unit.prompts]
+    metadata = [entry for unit in group for entry in unit.metadata]
+    return ScoringTask(prompts, metadata, len(group))
+
+
+def _shares(group: list[_Unit], result: Scores) -> list[Scores]:
+    """Each unit's part of its group's scores and seconds."""
+    total, first = sum(len(unit.prompts) for unit in group), 0
+    shares = []
+    for unit in group:
+        part = slice(first, first + len(unit.prompts))
+        first = part.stop
+        scores = None if result.scores is None else result.scores[part]
+        shares.append(Scores(scores, result.error, result.seconds * len(unit.prompts) / total))
+    return shares
+
+
+def _settle(unit: _Unit, answer: Scores | Exception) -> None:
+    """Answer, unless nobody waits for it any more."""
+    if unit.answer.done():
+        return
+    if isinstance(answer, Exception):
+        unit.answer.set_exception(answer)
+    else:
+        unit.answer.set_result(answer)

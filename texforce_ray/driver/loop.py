@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from texforce_ray.cluster.answers import beside
 from texforce_ray.driver.ahead import Sampling, sampling_ahead
 from texforce_ray.driver.collect import TrainingBatch, check_masked, is_scored
 from texforce_ray.driver.recorder import Record
@@ -33,9 +34,10 @@ async def _iterate(session: Session, sampling: Sampling, record: Record, iterati
     mask &= recorder.directory.recorded_mask(iteration, batch.seeds)
     check_masked(config, batch.rewards, batch.errors, f"iteration {iteration}")
     training = TrainingBatch(batch, mask, *session.estimator.advantages(batch, mask))
-    await recorder.samples(training)
-    with record.phase("update"):
-        updated = await policy.update(session.crew, training)
+    async with beside(recorder.samples(training)) as written:
+        with record.phase("update"):
+            # A version without its samples could not be repeated with the same masks.
+            updated = await policy.update(session.crew, training, before_publishing=written)
     record.trained(training, updated)
     session.estimator.commit()
     if config.eval.every and policy.version % config.eval.every == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +67,9 @@ class Policy:
         snapshot, _, average = self.learned[0]
         return [snapshot if self.learned[1].average is None else average]
 
-    async def update(self, crew: Crew, batch: TrainingBatch) -> Updated:
+    async def update(
+        self, crew: Crew, batch: TrainingBatch, before_publishing: Awaitable[None]
+    ) -> Updated:
         """Train on `batch` and publish the next version; returns the learner's report."""
         sampled_with = batch.scored.policy_version
         behaviour = self.versions[sampled_with].ref
@@ -89,6 +92,7 @@ class Policy:
             return updated, refs, Learned(*await crew.fetch(refs))
 
         updated, refs, learned = await crew.redo_if_lost(attempt)
+        await before_publishing
         self._publish(updated, refs, learned)
         return updated
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,7 @@ async def _train(
                 config, roles=roles, report=progress.message, started=monitor.follow
             ) as crew:
                 session = await Session.start(config, prompts, crew, recorder, progress, checkpoint)
+                cleanup.enter_context(_frozen_heap())
                 await session.catch_up()
                 await training_loop(session)
                 comparison = await session.finish()
@@ -150,6 +152,23 @@ async def _train(
             unseen=comparison.unseen,
             guidance=comparison.guidance,
         )
+
+
+@contextlib.contextmanager
+def _frozen_heap() -> Iterator[None]:
+    """Let the garbage collector look at new objects only: every unit of work makes some.
+
+    Going over all objects of Ray and the libraries again was an eighth of the driver's time.
+    """
+    ours = not gc.get_freeze_count()  # else somebody in this process has their own plan
+    if ours:
+        gc.collect()
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if ours:
+            gc.unfreeze()
 
 
 def _directory(
