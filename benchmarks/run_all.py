@@ -24,6 +24,7 @@ SCRIPTS = {
     "utilisation": "Utilisation",
     "scaling": "Scaling, with actors that sleep",
     "pipelining": "Pipelining, with actors that sleep",
+    "exchange": "Adding up gradients of many learners",
     "overlap": "Pipelining, on the embedded pipeline",
     "growth": "Cost growth",
     "numerics": "Do sampler and learner agree?",

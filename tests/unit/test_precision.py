@@ -25,6 +25,7 @@ from texforce_ray.rl.objectives import make_learner
 from texforce_ray.rl.ppo_anchor import Anchor
 from texforce_ray.rl.ppo_learner import PpoLearner
 from texforce_ray.rl.ppo_totals import Totals
+from texforce_ray.rl.precision import to_encoder
 from texforce_ray.rl.sharding import UpdateBatch
 
 PROMPTS = ["a green circle", "two red squares", "a green circle", "a blue square"]
@@ -253,3 +254,21 @@ def test_a_gradient_that_underflows_stops_the_run_before_its_first_update(
     assert learner.updates == 0
     for key, value in learner.learned().snapshot.adapters["text_encoder"].items():
         np.testing.assert_array_equal(value, before.adapters["text_encoder"][key])
+
+
+@pytest.mark.parametrize("exponent", [-126, -41, -1, 0, 1, 14, 126])
+def test_gradients_enter_the_encoder_scaled_by_a_power_of_two(exponent: int) -> None:
+    gradient = torch.tensor([0.75, -0.125]) * 2.0**exponent
+    (scaled,), inverse = to_encoder([gradient], [torch.zeros(2, dtype=torch.float16)])
+    largest = 12.0 if exponent > -122 else 0.75 * 2.0 ** (exponent + 126)  # 2^126 at most
+    torch.testing.assert_close(scaled, torch.tensor([largest, -largest / 6]).half())
+    if exponent > -122:
+        assert torch.equal(scaled.float() * inverse, gradient)
+
+
+def test_gradients_of_zeros_and_of_no_finite_number_stay_what_they_are() -> None:
+    for value in (0.0, float("inf"), float("nan")):
+        (scaled,), inverse = to_encoder([torch.tensor([value])], [torch.zeros(1).bfloat16()])
+        torch.testing.assert_close(
+            scaled.float() * inverse, torch.tensor([value]), equal_nan=True, rtol=0, atol=0
+        )

@@ -5,6 +5,7 @@ Each objective is a subclass: see `rl.objectives`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -248,9 +249,10 @@ class Learner(ExactState, Sharding):
         for parameter, value in zip(self.parameters, gradient, strict=True):
             parameter.grad = value
         o = self.config.optimizer
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, o.max_grad_norm)
-        if not torch.isfinite(norm):
-            self._skip(float(norm))
+        # Two reads from the device in all: each waits for everything queued before it.
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, o.max_grad_norm))
+        if not math.isfinite(norm):
+            self._skip(norm)
             return float("nan")
         self.skipped = 0
         for group in self.optimizer.param_groups:
@@ -262,9 +264,9 @@ class Learner(ExactState, Sharding):
         self.updates += 1
         for average, parameter in zip(self.ema, self.parameters, strict=False):
             average.lerp_(parameter.detach(), 1 - (o.ema_decay or 0))
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):
+        if not torch.stack([torch.isfinite(p).all() for p in self.parameters]).all():
             raise NumericsError(self._trouble("the adapter's weights are not finite"))
-        return float(norm)
+        return norm
 
     def _pass_over(self) -> None:
         """Count a minibatch without a gradient: no optimizer step, no decay, no momentum."""

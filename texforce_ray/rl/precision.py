@@ -20,6 +20,7 @@ from texforce_ray.model.backbone import Backbone
 
 # Sums over pairs enter the encoder at 2^4: twelve binary orders below float16's largest number.
 _ENCODER_EXPONENT = 4
+_MOST_EXPONENT = 126  # of a normal float32
 _OTHER_SCALE = 2.0**-6
 
 
@@ -32,19 +33,28 @@ def loss_scale(valid: int, latent_shape: Sequence[int]) -> float:
     return 2.0 ** math.ceil(math.log2(max(1, valid) * math.prod(latent_shape)))
 
 
-def to_encoder(gradients: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[list[Tensor], int]:
-    """Float32 gradients of `outputs`, times 2^exponent, in the outputs' dtype; and that exponent.
+def to_encoder(
+    gradients: Sequence[Tensor], outputs: Sequence[Tensor]
+) -> tuple[list[Tensor], Tensor | float]:
+    """Float32 gradients of `outputs`, times a power of two, in the outputs' dtype; and its inverse.
 
     They are sums over all pairs of a minibatch, too large or too small for half precision. In
-    float32 the exponent is 0 and nothing changes.
+    float32 the factor is 1 and nothing changes. The factor stays on the device: reading it would
+    wait for all of the minibatch's work.
     """
     if all(output.dtype in (torch.float32, torch.float64) for output in outputs):
-        return list(gradients), 0
+        return list(gradients), 1.0
     largest = torch.stack([gradient.abs().amax() for gradient in gradients]).amax()
-    _, exponent = torch.frexp(largest.cpu())
-    shift = _ENCODER_EXPONENT - int(exponent)
-    scaled = (gradient * 2.0**shift for gradient in gradients)
-    return [g.to(output.dtype) for g, output in zip(scaled, outputs, strict=True)], shift
+    _, exponent = torch.frexp(largest)
+    shift = (_ENCODER_EXPONENT - exponent).clamp(-_MOST_EXPONENT, _MOST_EXPONENT)
+    factor, inverse = _power_of_two(shift), _power_of_two(-shift)
+    scaled = (gradient * factor for gradient in gradients)
+    return [g.to(output.dtype) for g, output in zip(scaled, outputs, strict=True)], inverse
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent as float32, exactly on every device: its bits, not a call of exp2."""
+    return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
 @dataclass(frozen=True)

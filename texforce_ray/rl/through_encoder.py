@@ -94,10 +94,10 @@ def _through(
     keep: bool = False,
 ) -> list[Tensor | None]:
     """Gradients of `outputs` (float32) carried back to the parameters; `keep`: the graph."""
-    scaled, shift = to_encoder(gradients, outputs)
+    scaled, inverse = to_encoder(gradients, outputs)
     # SDXL does not read an encoder's last layer, which then has no gradient.
     found = torch.autograd.grad(outputs, parameters, scaled, allow_unused=True, retain_graph=keep)
-    return [None if gradient is None else gradient * 2.0**-shift for gradient in found]
+    return [None if gradient is None else gradient * inverse for gradient in found]
 
 
 def _sum(parameter: Tensor, parts: Sequence[Tensor | None]) -> Tensor:
