@@ -15,6 +15,7 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
 from texforce_ray.artifacts.families import FAMILIES
 from texforce_ray.capacity import main
+from texforce_ray.config.io import load_config
 from texforce_ray.model import memory
 from texforce_ray.model.conditioning import Drawing
 from texforce_ray.model.memory import (
@@ -279,3 +280,26 @@ def test_the_command_prints_json_of_a_directory(capsys: pytest.CaptureFixture) -
     assert list(rollout["weights"]) == ["text_encoder", "unet", "vae"]
     fixed = sum(rollout["weights"].values()) + rollout["adapter"]
     assert rollout["total"] == fixed + max(rollout["activations"].values())
+
+
+@pytest.mark.parametrize(("microbatch_size", "fits"), [(4, True), (16, False)])
+def test_the_papers_settings_fit_a_card_of_24_gb(microbatch_size: int, fits: bool) -> None:
+    """What configs/paper/README.md says: rollout, learner and reward share a GPU."""
+    config = load_config(
+        "configs/paper/table2-sd15.yaml", [f"learner.microbatch_size={microbatch_size}"]
+    )
+    samples = config.samples_per_iteration // config.update.minibatches
+    load = Workload(
+        dtype=config.model.dtype,
+        train=("text_encoder",),
+        rank=16,
+        batch_size=config.rollout.batch_size,
+        microbatch_size=config.learner.microbatch_size,
+        prompts=samples,  # of a minibatch, at most
+        guidance=config.diffusion.guidance_scale,
+    )
+    rollout, learner, _ = measure(PUBLISHED["sd1.5"], load)
+    gib = (rollout.total + learner.total) / 2**30
+    assert gib == pytest.approx(14.0 if fits else 31.1, abs=0.1)
+    contexts, reward, fragments = 3 * 0.5, 2.0, 1.1  # ImageReward: 1.8 GB of weights in float32
+    assert (gib * fragments + contexts + reward <= 24e9 / 2**30) == fits
