@@ -165,15 +165,20 @@ async def compare_over_guidance(
     Returns:
         For each: prompts, guidance_scale, and the `paired_difference` of the total.
     """
-    points: list[dict[str, Any]] = []
     count = crew.config.eval.curve_images
-    for name, chosen in prompts.items():
-        for scale in crew.config.eval.guidance_curve:
-            base = await evaluate(crew, chosen, count, [], 1, scale)
-            tuned = await evaluate(crew, chosen, count, policy, 1, scale)
-            difference = paired_difference(base.total, tuned.total, base.prompts)
-            points.append({"prompts": name, "guidance_scale": scale} | difference)
-    return points
+    places = [(name, scale) for name in prompts for scale in crew.config.eval.guidance_curve]
+    found = await gather(
+        *(
+            evaluate(crew, prompts[name], count, kind, 1, scale)
+            for name, scale in places
+            for kind in ([], policy)
+        )
+    )
+    return [
+        {"prompts": name, "guidance_scale": scale}
+        | paired_difference(base.total, tuned.total, base.prompts)
+        for (name, scale), base, tuned in zip(places, found[::2], found[1::2], strict=True)
+    ]
 
 
 def compare(

@@ -40,7 +40,5 @@ async def _iterate(session: Session, sampling: Sampling, record: Record, iterati
             updated = await policy.update(session.crew, training, before_publishing=written)
     record.trained(training, updated)
     session.estimator.commit()
-    if config.eval.every and policy.version % config.eval.every == 0:
-        with record.phase("evaluation"):
-            await session.evaluate()
-    sampling.start()  # actors work while the driver writes
+    async with session.evaluating(record):
+        sampling.start()  # actors work while the driver evaluates and writes

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from texforce_ray.cluster.answers import beside, gather
 from texforce_ray.config import Config
 from texforce_ray.crew.crew import Crew
 from texforce_ray.driver.advantages import AdvantageEstimator
@@ -68,6 +72,19 @@ class Session:
         result = await evaluate(self.crew, self.prompts.evaluation, count, self.policy.evaluated)
         self.recorder.evaluation(self.policy.version, result)
 
+    @contextlib.asynccontextmanager
+    async def evaluating(self, record: Record) -> AsyncIterator[None]:
+        """Evaluate beside the block, if it is due: before the work that the block starts."""
+        every = self.config.eval.every
+        if not every or self.policy.version % every:
+            yield
+            return
+        async with beside(self.evaluate()) as evaluated:
+            await asyncio.sleep(0)  # its units are in line now
+            yield
+            with record.phase("evaluation"):
+                await evaluated
+
     async def catch_up(self) -> None:
         """Complete a resumed run's last iteration, if it was stopped in the middle."""
 
@@ -97,18 +114,18 @@ class Session:
             names = [reward.key for reward in self.config.rewards]
             sets = {"seen": prompts.evaluation, "unseen": prompts.unseen}
             sets = {name: chosen for name, chosen in sets.items() if chosen}
-            pairs = {
-                name: (
-                    await evaluate(crew, chosen, count, []),
-                    await evaluate(crew, chosen, count, tuned),
-                )
-                for name, chosen in sets.items()
-            }
+            # All at once: actors that run out of one evaluation's units go on with the next.
+            kinds = [(name, policy) for name in sets for policy in ([], tuned)]
+            *found, guidance = await gather(
+                *(evaluate(crew, sets[name], count, policy) for name, policy in kinds),
+                compare_over_guidance(crew, sets, tuned),
+            )
+            pairs = dict(zip(sets, zip(found[::2], found[1::2], strict=True), strict=True))
             results = pairs["seen"]
             comparison = Comparison(
                 rewards=compare(names, *results),
                 unseen=compare(names, *pairs["unseen"]) if "unseen" in pairs else {},
-                guidance=await compare_over_guidance(crew, sets, tuned),
+                guidance=guidance,
             )
         learned = self.policy.learned[1]
         files = await crew.export(tuned)
