@@ -74,7 +74,7 @@ def _resume(config: Any, evaluate: Any) -> list[str]:
             redone.append("evaluation")
             recorder.evaluation(4, evaluate)
 
-        policy: Any = SimpleNamespace(version=4)
+        policy: Any = SimpleNamespace(version=4, checkpoint=lambda _: checkpoint(4))
         asyncio.run(recorder.catch_up(policy, AdvantageEstimator(config, {}), again))
     return redone
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ from texforce_ray.records.run_directory import RunDirectory
 from texforce_ray.records.samples import write_samples
 
 log = logging.getLogger(__name__)
+
+Job = Callable[[], Awaitable[None]]
 
 
 class Record:
@@ -85,6 +87,7 @@ class Recorder:
         self._checkpoint_seconds = 0.0
         self._evaluation: dict[str, float] = {}
         self._whole = Whole()
+        self._writing: asyncio.Future[None] | None = None  # of the last iteration
         self._metrics = read_metrics(directory.path)[-1:]  # of a resumed run
         self._alarms = LearningAlarms(
             _comparable(directory.path), config.rewards, config.samples_per_iteration
@@ -163,30 +166,47 @@ class Recorder:
     async def iteration(
         self, policy: Policy, estimator: AdvantageEstimator, crew: Crew
     ) -> AsyncIterator[Record]:
-        """Run an iteration in the block; it is recorded at the end if there was an update.
+        """Run an iteration in the block; it is recorded after the end if there was an update.
 
         This holds even if something failed after the update: the version exists, and a checkpoint
         without its metrics line would leave a permanent gap. So the line is written first: if its
         checkpoint is missing, a resumed run writes both again.
+
+        The files are written while the next iteration runs; await `written` to have them.
         """
-        record = Record()
+        record, failed = Record(), True
         try:
             yield record
+            failed = False
         finally:
             if record.training is not None and record.updated is not None:
-                await self._write(record, record.training, record.updated, policy, crew)
-                await self._checkpoint_if_due(policy, estimator)
+                await self.written()
+                jobs = [self._lines(record, record.training, record.updated, policy, crew)]
+                jobs += self._checkpoint_if_due(policy, estimator)
                 record.training = None  # drops the last references to its trajectories
+                self._writing = asyncio.ensure_future(_in_order(jobs))
+                if failed:
+                    await self.written()
 
-    async def _write(
+    async def written(self) -> None:
+        """Wait until the last iteration is recorded.
+
+        Raises:
+            TexForceError: it could not be; no later one will be, which would leave a gap.
+        """
+        if self._writing is not None:
+            await asyncio.wait([self._writing])  # a cancelled wait leaves the writer alone
+            await self._writing
+
+    def _lines(
         self,
         record: Record,
         training: TrainingBatch,
         updated: Updated,
         policy: Policy,
         crew: Crew,
-    ) -> None:
-        """Write the iteration's metrics line and profile, and collect its warnings."""
+    ) -> Job:
+        """Collect the iteration's metrics and warnings; the job writes its line and profile."""
         batch, seconds = training.scored, record.elapsed()
         record.samples_per_second = len(training.mask) / seconds
         metrics = {
@@ -203,33 +223,53 @@ class Recorder:
             **crew.scoring_statistics(),
         }
         record.reward = metrics["reward/total_mean"]
-        await _in_thread(self.directory.metrics.append, batch.iteration, metrics)
-        traces = [("rollout", info.trace) for info in batch.rollouts]
-        traces.append(("learner", updated.trace))
-        await _in_thread(write_profile, self.config, self.directory.path, batch.iteration, traces)
         record.warnings = self._alarms.look({"iteration": batch.iteration, **metrics})
         self._evaluation = {}
         for name, error in batch.errors.items():
             log.warning("iteration %d: reward %s failed: %s", batch.iteration, name, error)
+        traces = [("rollout", info.trace) for info in batch.rollouts]
+        traces.append(("learner", updated.trace))
+        path, iteration = self.directory.path, batch.iteration
 
-    async def _checkpoint_if_due(self, policy: Policy, estimator: AdvantageEstimator) -> None:
+        async def write() -> None:
+            await _in_thread(self.directory.metrics.append, iteration, metrics)
+            await _in_thread(write_profile, self.config, path, iteration, traces)
+
+        return write
+
+    def _checkpoint_if_due(self, policy: Policy, estimator: AdvantageEstimator) -> list[Job]:
         due = policy.version % self.config.checkpoint.every == 0
         last = policy.version == self.config.iterations
-        if due or last or self._best is not None:
+        if not (due or last or self._best is not None):
+            return []
+        write = self._checkpoint(policy, estimator)
+
+        async def timed() -> None:
             began = time.perf_counter()
-            await self.checkpoint(policy, estimator)
+            await write()
             self._checkpoint_seconds = time.perf_counter() - began
+
+        return [timed]
 
     async def checkpoint(self, policy: Policy, estimator: AdvantageEstimator) -> None:
         """Write the current version, mark it if it is the best, delete old checkpoints."""
-        path = self.directory.path
-        if not await asyncio.to_thread(self._whole, checkpoint_path(path, policy.version)):
-            state = policy.checkpoint(estimator.statistics.buffers)
-            await _in_thread(save_checkpoint, path, state)
-        if self._best is not None:
-            mark_best(path, policy.version, self._best, reward_weights(self.config))
-            self._best = None
-        await _in_thread(prune, path, self.config.checkpoint.keep_last, self._whole)
+        await self.written()
+        await self._checkpoint(policy, estimator)()
+
+    def _checkpoint(self, policy: Policy, estimator: AdvantageEstimator) -> Job:
+        """The job may run at any time: what it writes is what was known at this moment."""
+        path, version, best = self.directory.path, policy.version, self._best
+        self._best = None
+        state = policy.checkpoint(estimator.statistics.buffers)
+
+        async def write() -> None:
+            if not await asyncio.to_thread(self._whole, checkpoint_path(path, version)):
+                await _in_thread(save_checkpoint, path, state)
+            if best is not None:
+                mark_best(path, version, best, reward_weights(self.config))
+            await _in_thread(prune, path, self.config.checkpoint.keep_last, self._whole)
+
+        return write
 
     def finish(
         self,
@@ -266,6 +306,11 @@ def _comparable(run_dir: Path) -> list[dict[str, Any]]:
         else {key: value for key, value in line.items() if not key.startswith("reward/total_")}
         for line in metrics
     ]
+
+
+async def _in_order(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        await job()
 
 
 async def _in_thread(function: Callable[..., Any], *given: Any) -> None:

@@ -70,6 +70,7 @@ class Session:
         """Record scores and a grid of the evaluation's prompts and seeds, the same every time."""
         count = self.config.eval.images
         result = await evaluate(self.crew, self.prompts.evaluation, count, self.policy.evaluated)
+        await self.recorder.written()  # one writer at a time
         self.recorder.evaluation(self.policy.version, result)
 
     @contextlib.asynccontextmanager
@@ -107,6 +108,7 @@ class Session:
 
     async def finish(self) -> Comparison:
         """Write the final adapter, the comparison of base and tuned, and the report."""
+        await self.recorder.written()
         crew, prompts, tuned = self.crew, self.prompts, self.policy.evaluated
         results, comparison = None, Comparison({}, {}, [])
         if count := self.config.eval.final_images:
