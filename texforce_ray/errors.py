@@ -49,6 +49,10 @@ class NobodyLeftError(ActorError):
     """All actors of a role are permanently gone, so the run cannot continue, whatever the task."""
 
 
+class NoneFreeError(ActorError):
+    """No actor of a role became free in time, and none is at work."""
+
+
 class BudgetSpentError(ActorError):
     """Actors failed more often than the run allows (ray.max_run_restarts)."""
 

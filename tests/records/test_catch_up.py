@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from texforce_ray.config.io import load_config
 from texforce_ray.driver.advantages import AdvantageEstimator
 from texforce_ray.driver.evaluation import Evaluation
 from texforce_ray.driver.recorder import Recorder
+from texforce_ray.errors import RunDirectoryError
 from texforce_ray.records.checkpoint import read_best, save_checkpoint
 from texforce_ray.records.looks import Looks
 from texforce_ray.records.metrics import read_metrics
@@ -115,3 +117,71 @@ def test_the_grid_of_the_version_that_is_resumed_stays_in_tensorboard(tmp_path: 
     assert _images(tmp_path) == [2, 4]
     _resume(config, None)
     assert _images(tmp_path) == [2, 4]
+
+
+def test_a_signal_while_an_iteration_is_written_leaves_no_gap(tmp_path: Path) -> None:
+    """The one that had to wait for the writer is written too, after it."""
+    config = load_config(SMOKE, [f"run_dir={tmp_path}"])
+    written: list[str] = []
+
+    async def job() -> None:
+        slow, nobody = asyncio.Event(), SimpleNamespace()
+
+        def lines(record: Any, *_: Any) -> Any:
+            async def write() -> None:
+                await slow.wait()
+                written.append(record.updated)
+
+            return write
+
+        recorder._lines = lines  # type: ignore[method-assign]
+        recorder._checkpoint_if_due = lambda *_: []  # type: ignore[method-assign]
+
+        async def iterate(name: Any) -> None:
+            async with recorder.iteration(nobody, nobody, nobody) as record:  # type: ignore[arg-type]
+                record.training, record.updated = nobody, name  # type: ignore[assignment]
+
+        await iterate("first")
+        second = asyncio.ensure_future(iterate("second"))
+        await asyncio.sleep(0.01)
+        second.cancel()
+        await asyncio.wait([second])
+        assert second.cancelled()
+        assert not written
+        slow.set()
+        await recorder.written()
+
+    with RunDirectory.create(config, "digest") as directory:
+        recorder = Recorder(config, directory)
+        asyncio.run(job())
+    assert written == ["first", "second"]
+
+
+def test_after_a_write_that_failed_nothing_is_written(tmp_path: Path) -> None:
+    config = load_config(SMOKE, [f"run_dir={tmp_path}"])
+    written: list[str] = []
+
+    async def job() -> None:
+        nobody = SimpleNamespace()
+
+        def lines(record: Any, *_: Any) -> Any:
+            async def write() -> None:
+                if record.updated == "first":
+                    raise RunDirectoryError("the disk is full")
+                written.append(record.updated)
+
+            return write
+
+        recorder._lines = lines  # type: ignore[method-assign]
+        recorder._checkpoint_if_due = lambda *_: []  # type: ignore[method-assign]
+        for name in ("first", "second"):
+            with contextlib.suppress(RunDirectoryError):
+                async with recorder.iteration(nobody, nobody, nobody) as record:  # type: ignore[arg-type]
+                    record.training, record.updated = nobody, name  # type: ignore[assignment]
+        with pytest.raises(RunDirectoryError, match="full"):
+            await recorder.checkpoint(nobody, nobody)  # type: ignore[arg-type]
+
+    with RunDirectory.create(config, "digest") as directory:
+        recorder = Recorder(config, directory)
+        asyncio.run(job())
+    assert not written

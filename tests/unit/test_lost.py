@@ -134,7 +134,7 @@ def test_no_mask_for_what_is_not_the_rewards_fault(error: type[Exception]) -> No
     class Pool:
         actors = (1,)
 
-        async def run(self, *_: Any) -> Any:
+        async def run(self, *_: Any, **__: Any) -> Any:
             raise error("gone")
 
     pool = RewardPool(RewardConfig(name="shapes"), Pool())  # type: ignore[arg-type]

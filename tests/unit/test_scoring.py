@@ -12,7 +12,7 @@ import pytest
 from texforce_ray.actors.messages import Scores, ScoringTask
 from texforce_ray.config import RewardConfig
 from texforce_ray.crew.scoring import RewardPool
-from texforce_ray.errors import ActorError, LostObjectError, NobodyLeftError
+from texforce_ray.errors import ActorError, LostObjectError, NobodyLeftError, NoneFreeError
 
 Serve = Callable[[list[ScoringTask], tuple[str, ...]], list[Scores]]
 
@@ -23,12 +23,16 @@ class Servers:
     def __init__(self, count: int, serve: Serve) -> None:
         self.actors, self.serve = [self] * count, serve
         self.calls: list[tuple[str, ...]] = []  # the images of each
+        self.tries: list[int | None] = []  # what each call was allowed
         self.running = self.most = 0
         self.open = asyncio.Event()
         self.open.set()
 
-    async def run(self, task: str, submit: Callable[[Any], Any], timeout: float) -> Any:
+    async def run(
+        self, task: str, submit: Callable[[Any], Any], timeout: float, retries: int | None = None
+    ) -> Any:
         del task, timeout
+        self.tries.append(retries)
         self.running += 1
         self.most = max(self.most, self.running)
         try:
@@ -60,7 +64,7 @@ def scored(
 
     async def job() -> tuple[list[Any], Servers, RewardPool]:
         actors = Servers(servers, serve)
-        reward = RewardConfig(name="shapes", retry_pause_s=0.0, **settings)
+        reward = RewardConfig(name="shapes", retry_pause_s=0.01, **settings)
         pool = RewardPool(reward, actors)  # type: ignore[arg-type]
         for _ in range(first):
             await pool.score("warm", ["prompt 0"], [{}])  # type: ignore[arg-type]
@@ -124,6 +128,36 @@ def test_only_the_units_that_failed_are_tried_again_and_alone() -> None:
     assert pool.statistics.retries == 2
 
 
+def test_a_reward_that_fails_at_once_is_not_taken_for_a_quick_one() -> None:
+    def serve(tasks: list[ScoringTask], images: tuple[str, ...]) -> list[Scores]:
+        return [Scores(None, "unauthorised", 0.001)] * len(images)
+
+    _, actors, _ = scored(serve, 4, retries=0)
+    assert [len(call) for call in actors.calls] == [1, 1, 1, 1]
+
+
+def test_a_unit_that_waits_for_its_next_try_leaves_the_server_to_others() -> None:
+    seen: list[str] = []
+
+    def serve(tasks: list[ScoringTask], images: tuple[str, ...]) -> list[Scores]:
+        seen.extend(images)
+        first = images == ("images 0",) and seen.count("images 0") == 1
+        return [Scores(None, "busy", 1.0)] if first else quick(tasks, images)
+
+    answers, _, _ = scored(serve, 3, servers=1, first=0)
+    assert [answer.error for answer in answers] == [None] * 3
+    assert seen[-1] == "images 0"
+
+
+def test_without_any_server_all_that_wait_give_up_together() -> None:
+    def serve(tasks: list[ScoringTask], images: tuple[str, ...]) -> list[Scores]:
+        raise NoneFreeError("no server became free")
+
+    answers, actors, _ = scored(serve, 5, servers=1, first=0)
+    assert [answer.error for answer in answers] == ["no server became free"] * 5
+    assert len(actors.calls) == 1
+
+
 @pytest.mark.parametrize("error", [ActorError, LostObjectError])
 def test_a_unit_that_takes_its_call_along_does_not_take_the_others(error: type[Exception]) -> None:
     def serve(tasks: list[ScoringTask], images: tuple[str, ...]) -> list[Scores]:
@@ -131,7 +165,8 @@ def test_a_unit_that_takes_its_call_along_does_not_take_the_others(error: type[E
             raise error("gone")
         return quick(tasks, images)
 
-    answers, _, _ = scored(serve, 5, servers=1, retries=0)
+    answers, actors, _ = scored(serve, 5, servers=1, retries=0)
+    assert actors.tries == [None, 0, *[None] * 5]  # a call with several units is tried once
     others = [answers[i].scores for i in (0, 1, 3, 4)]
     assert others == [[float(i)] * (i + 1) for i in (0, 1, 3, 4)]
     if error is ActorError:  # masked; what is lost is sampled again instead

@@ -154,5 +154,6 @@ async def beside(job: Coroutine[Any, Any, _T]) -> AsyncIterator[asyncio.Task[_T]
         yield task
         await task
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        if not task.done():  # else nothing is awaited: a signal could come between
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)

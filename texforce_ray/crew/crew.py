@@ -30,7 +30,8 @@ from texforce_ray.cluster.answers import gather, readable
 from texforce_ray.cluster.placement import in_bundle, pack_learners
 from texforce_ray.config import Config
 from texforce_ray.crew.budget import Budget
-from texforce_ray.crew.pool import ActorPool, Member, SubmitRank
+from texforce_ray.crew.member import Member
+from texforce_ray.crew.pool import ActorPool, SubmitRank
 from texforce_ray.crew.starting import reward_pool, start_actor
 from texforce_ray.errors import LostObjectError
 

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -28,12 +27,14 @@ from texforce_ray.cluster.answers import (
 )
 from texforce_ray.crew.budget import Budget
 from texforce_ray.crew.calls import SETTLE_S, Result, answer, died, failed, together
+from texforce_ray.crew.member import Member
 from texforce_ray.errors import (
     ActorError,
     BudgetSpentError,
     DeviceError,
     LostObjectError,
     NobodyLeftError,
+    NoneFreeError,
     TexForceError,
     redacted,
 )
@@ -45,21 +46,6 @@ SubmitRank = Callable[[int, Any], Any]  # the same, given the actor's index in t
 
 _PAUSE_S = 0.1
 _NOBODY = -1  # wakes the tasks that wait for a free actor when none is left
-
-
-@dataclass(frozen=True)
-class Member:
-    """One actor, as live status shows it.
-
-    state: 'busy', 'idle', 'starting' (or waiting for room), 'gone' (permanently). where: set once
-    it has started. doing: its current task, `seconds`: for how long.
-    """
-
-    name: str
-    state: str
-    where: Whereabouts | None = None
-    doing: str = ""
-    seconds: float = 0.0
 
 
 class ActorPool:
@@ -115,13 +101,16 @@ class ActorPool:
                     "(ray.start_timeout_s): no room on any single node, or slow imports"
                 )
 
-    async def run(self, task: str, submit: Submit, timeout: float) -> Result:
+    async def run(
+        self, task: str, submit: Submit, timeout: float, retries: int | None = None
+    ) -> Result:
         """Run one task on a free actor.
 
         Args:
             task: its description, for error messages.
             submit: calls a method of the actor that it is given; returns the call's refs.
             timeout: seconds per try.
+            retries: default: the pool's.
 
         Returns:
             The value of the first ref, and the other refs unfetched.
@@ -131,7 +120,8 @@ class ActorPool:
             LostObjectError: an input of the task is lost; trying again would not help.
         """
         self._start()
-        for attempt in range(self.retries + 1):
+        retries = self.retries if retries is None else retries
+        for attempt in range(retries + 1):
             await asyncio.sleep(backoff(attempt, _PAUSE_S))
             index = await self._free(task)
             lost = False
@@ -142,7 +132,7 @@ class ActorPool:
                 return result
             except (*GONE, DeviceError, TimeoutError) as error:
                 lost = True
-                self._lost(index, task, error, timeout, last=attempt == self.retries)
+                self._lost(index, task, error, timeout, attempt + 1, last=attempt == retries)
             except RayError as error:
                 raise readable(f"{self.name}-{index}", task, error) from None
             finally:
@@ -187,7 +177,7 @@ class ActorPool:
                         ray.kill(self.actors[index], no_restart=False)
                 self._rejoin(members)
                 first, last = (causes or [0])[0], attempt == self.retries
-                self._note(first, task, error, timeout, last=last)
+                self._note(first, task, error, timeout, attempt + 1, last=last)
             except RayError as error:
                 found = readable(self.name, task, error)
                 if isinstance(found, LostObjectError) and len(members) > 1:
@@ -298,7 +288,7 @@ class ActorPool:
 
         Raises:
             NobodyLeftError: no actor is left.
-            ActorError: no actor became free in time.
+            NoneFreeError: no actor became free in time.
         """
         while True:
             self.queued += 1
@@ -308,7 +298,7 @@ class ActorPool:
             except TimeoutError:
                 if self._present and others_work:  # each of their tasks has a deadline
                     continue
-                raise ActorError(
+                raise NoneFreeError(
                     f"no {self.name} actor became free within {self.start_timeout:.0f} s for "
                     f"{task} (ray.start_timeout_s); check that the cluster has room for it"
                 ) from None
@@ -322,14 +312,18 @@ class ActorPool:
                 f"{list(self._errors.values())[-1]} (ray.max_restarts)"
             )
 
-    def _lost(self, index: int, task: str, error: Exception, timeout: float, *, last: bool) -> None:
+    def _lost(
+        self, index: int, task: str, error: Exception, timeout: float, tries: int, *, last: bool
+    ) -> None:
         """An actor died or hangs: it may come back, but its task goes to another one."""
         if isinstance(error, (TimeoutError, DeviceError)):
             ray.kill(self.actors[index], no_restart=False)
         self._rejoin([index])
-        self._note(index, task, error, timeout, last=last)
+        self._note(index, task, error, timeout, tries, last=last)
 
-    def _note(self, index: int, task: str, error: Exception, timeout: float, *, last: bool) -> None:
+    def _note(
+        self, index: int, task: str, error: Exception, timeout: float, tries: int, *, last: bool
+    ) -> None:
         where = self._where.get(index)
         # A device's error says it all; the log's end would bury it.
         tail = "" if isinstance(error, DeviceError) else log_tail(where and where.pid)
@@ -337,9 +331,7 @@ class ActorPool:
         name = f"{self.name}-{index} ({where})" if where else f"{self.name}-{index}"
         self.budget.spend(f"{name} at {task}: {cause}")
         if last:
-            raise ActorError(
-                f"{name} failed at {task} after {self.retries + 1} tries: {cause}"
-            ) from None
+            raise ActorError(f"{name} failed at {task} after {tries} tries: {cause}") from None
         log.warning("%s-%d failed at %s (%s); trying again", self.name, index, task, cause)
         self.restarts += 1
 

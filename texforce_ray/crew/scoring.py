@@ -7,6 +7,7 @@ scores, are what takes the time. A call's units are scored one by one, or `merge
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from texforce_ray.errors import (
     BudgetSpentError,
     LostObjectError,
     NobodyLeftError,
+    NoneFreeError,
 )
 
 _MERGE_WAIT_S = 0.05  # how long a unit waits for others to be scored with it
@@ -68,8 +70,9 @@ class RewardPool:
         self._asked = 0
         self._waiting: list[_Unit] = []
         self._timer: asyncio.Handle | None = None
-        self._calls: dict[asyncio.Task[None], list[_Unit]] = {}
-        self._unit_seconds = float("inf")  # a unit's share of the last call
+        self._calls: dict[asyncio.Task[None], list[_Unit]] = {}  # as many as servers
+        self._again: dict[asyncio.Task[None], list[_Unit]] = {}
+        self._unit_seconds = math.inf  # a unit's share of the last call
 
     def take_statistics(self) -> dict[str, float]:
         """Metrics since the last call of this method."""
@@ -94,7 +97,7 @@ class RewardPool:
         try:
             return await answer
         except asyncio.CancelledError:
-            for call, units in self._calls.items():
+            for call, units in (*self._calls.items(), *self._again.items()):
                 if all(unit.answer.done() for unit in units):  # cancelled, here as elsewhere
                     call.cancel()
             raise
@@ -144,20 +147,25 @@ class RewardPool:
         together = len(units) > 1
         try:
             answers, last = await self._call(units)
+        except NoneFreeError as error:
+            waiting, self._waiting = self._waiting, []
+            for unit in (*units, *waiting):  # they would wait for the same, one after another
+                _settle(unit, Scores(None, str(error), 0.0))
+            return
         except Exception as error:
             if not (together and isinstance(error, LostObjectError)):
                 for unit in units:
                     _settle(unit, error)
                 return
             answers, last = [Scores(None, str(error), 0.0)] * len(units), False
-        again = []
         for unit, answer in zip(units, answers, strict=True):
             # Another unit of the call may be at fault.
             if answer.error is None or (last and not together):
                 _settle(unit, answer)
-            else:
-                again.append(self._answer_alone(unit, answer, together=together))
-        await asyncio.gather(*again)
+            else:  # the server is free for others meanwhile
+                alone = asyncio.ensure_future(self._answer_alone(unit, answer, together=together))
+                self._again[alone] = [unit]
+                alone.add_done_callback(self._again.pop)
 
     async def _answer_alone(self, unit: _Unit, answer: Scores, *, together: bool) -> None:
         """Try a unit again, up to `retries` times; at least once if it was never alone."""
@@ -169,6 +177,8 @@ class RewardPool:
                 if answer.error is None or last:
                     break
             _settle(unit, answer)
+        except NoneFreeError as error:
+            _settle(unit, Scores(None, str(error), 0.0))
         except Exception as error:
             _settle(unit, error)
 
@@ -177,6 +187,7 @@ class RewardPool:
 
         Raises:
             LostObjectError, NobodyLeftError, BudgetSpentError: not the reward's fault.
+            NoneFreeError: no server was there for as long as one may take to start.
         """
         merge = self.reward.merge_units
         groups = [units[first : first + merge] for first in range(0, len(units), merge)]
@@ -187,12 +198,16 @@ class RewardPool:
                 f"scoring {sum(len(unit.prompts) for unit in units)} images",
                 lambda actor: actor.score.remote(tasks, *images),
                 self.reward.timeout_s,
+                # Who kills or blocks a server is found out by scoring them one by one.
+                retries=0 if len(units) > 1 else None,
             )
-        except (NobodyLeftError, BudgetSpentError):
+        except (NobodyLeftError, NoneFreeError, BudgetSpentError):
             raise  # a mask is permanent, and Ray may be at fault
         except ActorError as error:
+            self._unit_seconds = math.inf
             return [Scores(None, str(error), 0.0)] * len(units), True
-        self._unit_seconds = sum(result.seconds for result in results) / len(units)
+        if all(result.error is None for result in results):
+            self._unit_seconds = sum(result.seconds for result in results) / len(units)
         answers = [_shares(group, result) for group, result in zip(groups, results, strict=True)]
         return [answer for shares in answers for answer in shares], False
 

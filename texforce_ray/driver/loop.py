@@ -19,6 +19,8 @@ async def training_loop(session: Session) -> None:
         for iteration in range(policy.version, config.iterations):
             async with recorder.iteration(policy, session.estimator, session.crew) as record:
                 await _iterate(session, sampling, record, iteration)
+                async with session.evaluating(record):
+                    sampling.start()  # actors work while the driver evaluates and writes
             session.show(record)
 
 
@@ -40,5 +42,3 @@ async def _iterate(session: Session, sampling: Sampling, record: Record, iterati
             updated = await policy.update(session.crew, training, before_publishing=written)
     record.trained(training, updated)
     session.estimator.commit()
-    async with session.evaluating(record):
-        sampling.start()  # actors work while the driver evaluates and writes

@@ -8,7 +8,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,9 @@ class Record:
 
     def trained(self, training: TrainingBatch, updated: Updated) -> None:
         """Note that the policy was updated: from now on the iteration must be recorded."""
-        self.training, self.updated = training, updated
+        # Without the trajectories: the object store needs the room for the next ones.
+        scored = replace(training.scored, trajectories=())
+        self.training, self.updated = replace(training, scored=scored), updated
 
     def elapsed(self) -> float:
         return time.perf_counter() - self._began
@@ -179,14 +181,15 @@ class Recorder:
             yield record
             failed = False
         finally:
+            before = self._writing
             if record.training is not None and record.updated is not None:
-                await self.written()
                 jobs = [self._lines(record, record.training, record.updated, policy, crew)]
                 jobs += self._checkpoint_if_due(policy, estimator)
-                record.training = None  # drops the last references to its trajectories
-                self._writing = asyncio.ensure_future(_in_order(jobs))
-                if failed:
-                    await self.written()
+                record.training = None
+                self._writing = asyncio.ensure_future(_in_order(before, jobs))
+            waits = self._writing if failed else before  # one iteration may be unwritten, not two
+            if waits is not None:
+                await _ended(waits)
 
     async def written(self) -> None:
         """Wait until the last iteration is recorded.
@@ -195,8 +198,7 @@ class Recorder:
             TexForceError: it could not be; no later one will be, which would leave a gap.
         """
         if self._writing is not None:
-            await asyncio.wait([self._writing])  # a cancelled wait leaves the writer alone
-            await self._writing
+            await _ended(self._writing)
 
     def _lines(
         self,
@@ -308,9 +310,18 @@ def _comparable(run_dir: Path) -> list[dict[str, Any]]:
     ]
 
 
-async def _in_order(jobs: Sequence[Job]) -> None:
+async def _in_order(before: asyncio.Future[None] | None, jobs: Sequence[Job]) -> None:
+    """Do the jobs after those `before`, or none of them if those failed."""
+    if before is not None:
+        await _ended(before)
     for job in jobs:
         await job()
+
+
+async def _ended(writing: asyncio.Future[None]) -> None:
+    """Wait for a writer, which a cancelled wait leaves alone; raises its error."""
+    await asyncio.wait([writing])
+    await writing
 
 
 async def _in_thread(function: Callable[..., Any], *given: Any) -> None:

@@ -20,7 +20,7 @@ from texforce_ray.records.metric_names import LIVE, describe
 from texforce_ray.records.status import State
 
 if TYPE_CHECKING:
-    from texforce_ray.crew.pool import Member
+    from texforce_ray.crew.member import Member
 
 _STATES = ("busy", "idle", "starting", "gone")
 
