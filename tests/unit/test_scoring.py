@@ -96,6 +96,25 @@ def test_a_call_has_no_more_units_than_a_fraction_of_a_second_can_score() -> Non
     assert [len(call) for call in actors.calls] == [1] * 12
 
 
+@pytest.mark.parametrize(("busy", "calls"), [(True, 1), (False, 3)])
+def test_units_wait_for_company_only_while_all_rollout_actors_are_at_work(
+    busy: bool, calls: int
+) -> None:
+    async def job() -> Servers:
+        actors = Servers(1, quick)
+        pool = RewardPool(RewardConfig(name="shapes"), actors, lambda: busy)  # type: ignore[arg-type]
+        await pool.score("warm", ["prompt 0"], [{}])  # type: ignore[arg-type]
+        actors.calls.clear()
+        jobs = []
+        for i in range(3):
+            jobs.append(asyncio.ensure_future(pool.score(f"images {i}", ["prompt 1"], [{}])))  # type: ignore[arg-type]
+            await asyncio.sleep(0.02)
+        await asyncio.wait_for(asyncio.gather(*jobs), 5)
+        return actors
+
+    assert len(asyncio.run(job()).calls) == calls
+
+
 def test_the_speed_of_a_reward_is_measured_before_units_share_a_call() -> None:
     _, actors, _ = scored(quick, 4, first=0)
     assert [len(call) for call in actors.calls] == [1, 1, 1, 1]

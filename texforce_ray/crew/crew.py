@@ -108,7 +108,9 @@ class Crew:
             ]
             self.learner = ActorPool("learner", actors, **given)
         self.rewards = {
-            reward.key: reward_pool(reward, config, pythons or {}, self.budget, roles.reward)
+            reward.key: reward_pool(
+                reward, config, pythons or {}, self.budget, roles.reward, self.rollouts.all_busy
+            )
             for reward in config.rewards
         }
         self.lost = 0  # tasks repeated because their data was lost with a node

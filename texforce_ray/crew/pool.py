@@ -193,6 +193,10 @@ class ActorPool:
                     self._idle.put_nowait(index)
         raise AssertionError("unreachable")
 
+    def all_busy(self) -> bool:
+        """Whether every actor that has started is at work."""
+        return 0 < len(self._present) <= len(self._doing)
+
     def waiting(self) -> list[str]:
         """What every busy actor is doing, and for how long."""
         now = time.monotonic()

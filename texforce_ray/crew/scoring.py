@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ from texforce_ray.errors import (
 )
 
 _MERGE_WAIT_S = 0.05  # how long a unit waits for others to be scored with it
+_COMPANY_S = 0.2  # how long for others to share a call, while that delays nobody
 _MOST_UNITS = 16  # of a call
 _CALL_S = 0.5  # how long a call with several units may take, and
 _CALL_SHARE = 0.1  # which share of the deadline, which all of them share
@@ -64,12 +65,19 @@ class _Unit:
 class RewardPool:
     """One reward's servers: `score` returns a reward's failure instead of raising it."""
 
-    def __init__(self, reward: RewardConfig, actors: ActorPool) -> None:
-        self.reward, self.actors = reward, actors
+    def __init__(
+        self,
+        reward: RewardConfig,
+        actors: ActorPool,
+        sampling: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`sampling`: whether all rollout actors are at work, so that more units will come."""
+        self.reward, self.actors, self.sampling = reward, actors, sampling
         self.statistics = ScoringStatistics()
         self._asked = 0
         self._waiting: list[_Unit] = []
         self._timer: asyncio.Handle | None = None
+        self._oldest = 0.0  # when the first of those that wait came
         self._calls: dict[asyncio.Task[None], list[_Unit]] = {}  # as many as servers
         self._again: dict[asyncio.Task[None], list[_Unit]] = {}
         self._unit_seconds = math.inf  # a unit's share of the last call
@@ -92,6 +100,8 @@ class RewardPool:
         answer: asyncio.Future[Scores] = asyncio.get_running_loop().create_future()
         self._asked += 1
         self.statistics.queue = max(self.statistics.queue, self._asked - len(self.actors.actors))
+        if not self._waiting:
+            self._oldest = began
         self._waiting.append(_Unit(images, list(prompts), list(metadata), answer))
         self._dispatch_soon()
         try:
@@ -110,12 +120,26 @@ class RewardPool:
     def _dispatch_soon(self) -> None:
         """Start calls once all units that are ready at this moment wait together."""
         loop = asyncio.get_running_loop()
-        if len(self._waiting) == self.reward.merge_units:
+        if len(self._waiting) == self.reward.merge_units and not self._may_wait():
             if self._timer is not None:
                 self._timer.cancel()
             self._timer = loop.call_soon(self._dispatch)
         elif self._timer is None:
-            self._timer = loop.call_later(_MERGE_WAIT_S, self._dispatch)
+            self._timer = loop.call_later(_MERGE_WAIT_S, self._dispatch_or_wait)
+
+    def _may_wait(self) -> bool:
+        """Whether more units will come, and a call with several would still be short."""
+        waited = time.perf_counter() - self._oldest
+        return (
+            waited < _COMPANY_S and self._units_at_once() > len(self._waiting) and self.sampling()
+        )
+
+    def _dispatch_or_wait(self) -> None:
+        if self._may_wait():
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(_MERGE_WAIT_S, self._dispatch_or_wait)
+        else:
+            self._dispatch()
 
     def _dispatch(self) -> None:
         """Give waiting units to the servers that have nothing to do."""
@@ -136,11 +160,13 @@ class RewardPool:
 
     def _units_of_a_call(self) -> int:
         """An equal share of what waits, as far as a call stays short; whole merges."""
-        share = -(-len(self._waiting) // len(self.actors.actors))
+        share, merge = -(-len(self._waiting) // len(self.actors.actors)), self.reward.merge_units
+        return max(1, min(share, self._units_at_once()) // merge) * merge
+
+    def _units_at_once(self) -> int:
+        """How many units a short call may have, by how long the last ones took."""
         longest = min(_CALL_S, _CALL_SHARE * self.reward.timeout_s)
-        quick = longest / max(self._unit_seconds, longest / _MOST_UNITS)
-        merge = self.reward.merge_units
-        return max(1, int(min(share, quick)) // merge) * merge
+        return int(longest / max(self._unit_seconds, longest / _MOST_UNITS))
 
     async def _answer(self, units: list[_Unit]) -> None:
         """Score units in one call; those that fail are then tried again in calls of their own."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -26,8 +26,12 @@ def reward_pool(
     pythons: Mapping[str, str],
     budget: Budget | None = None,
     server: type[RewardScorer] = RewardServer,
+    sampling: Callable[[], bool] = lambda: False,
 ) -> RewardPool:
-    """Start one reward's servers, in the interpreter that `pythons` has for it, if any."""
+    """Start one reward's servers, in the interpreter that `pythons` has for it, if any.
+
+    `sampling`: whether all rollout actors are at work.
+    """
     given = [
         reward.key,
         resolve(reward.name, reward.target),
@@ -47,7 +51,7 @@ def reward_pool(
         start_timeout=config.ray.start_timeout_s,
         budget=budget,
     )
-    return RewardPool(reward, actors)
+    return RewardPool(reward, actors, sampling)
 
 
 def start_actor(
