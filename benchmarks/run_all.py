@@ -20,6 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 SCRIPTS = {
+    "startup": "Until the first iteration",
     "released": "Against the released schedule",
     "utilisation": "Utilisation",
     "scaling": "Scaling, with actors that sleep",
