@@ -136,6 +136,8 @@ def backoff(attempt: int, first: float, longest: float = 10.0) -> float:
 
 async def gather(*jobs: Any) -> list[Any]:
     """Await all; if one fails, cancel the others, so that none is left running unseen."""
+    if len(jobs) == 1:
+        return [await jobs[0]]
     tasks = [asyncio.ensure_future(job) for job in jobs]
     try:
         return await asyncio.gather(*tasks)

@@ -170,7 +170,7 @@ class Crew:
         """Sample a unit of work: facts about it, and refs of its trajectory and images."""
         info, (trajectory, images) = await self.rollouts.run(
             f"sampling iteration {unit.iteration}, unit {unit.index}",
-            lambda actor: actor.sample.options(num_returns=3).remote(unit, list(policy)),
+            lambda actor: actor.sample.remote(unit, list(policy)),
             self.config.rollout.timeout_s,
         )
         return info, trajectory, images
@@ -181,9 +181,7 @@ class Crew:
         """Generate images only; without a policy, those of the base model."""
         info, (images,) = await self.rollouts.run(
             "generating evaluation images",
-            lambda actor: actor.generate.options(num_returns=2).remote(
-                list(prompts), seeds, list(policy), guidance_scale
-            ),
+            lambda actor: actor.generate.remote(list(prompts), seeds, list(policy), guidance_scale),
             self.config.rollout.timeout_s,
         )
         return info, images
@@ -203,9 +201,7 @@ class Crew:
         assert self.learner is not None
 
         async def prepare() -> SubmitRank:
-            return lambda _, actor: actor.initialize.options(num_returns=4).remote(
-                list(learned), list(begin)
-            )
+            return lambda _, actor: actor.initialize.remote(list(learned), list(begin))
 
         timeout = self.config.ray.start_timeout_s
         return await self.learner.run_together("initialisation", prepare, timeout)
@@ -216,9 +212,7 @@ class Crew:
 
         async def prepare() -> SubmitRank:
             size, address = self.config.learner.num_workers, await self._meet()
-            return lambda rank, actor: actor.update.options(num_returns=4).remote(
-                task, Membership(rank, size, address)
-            )
+            return lambda rank, actor: actor.update.remote(task, Membership(rank, size, address))
 
         return await self.learner.run_together(
             f"the update of iteration {task.version}", prepare, self.config.learner.timeout_s
@@ -247,7 +241,7 @@ class Crew:
         given = [(weight, str(path), adapter_files(path)) for weight, path in adapters]
         _, (snapshot,) = await self.rollouts.run(
             f"loading {', '.join(path for _, path, _ in given)}",
-            lambda actor: actor.load_policy.options(num_returns=2).remote(given),
+            lambda actor: actor.load_policy.remote(given),
             300.0,
         )
         return snapshot

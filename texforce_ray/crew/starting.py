@@ -20,6 +20,10 @@ from texforce_ray.crew.scoring import RewardPool
 from texforce_ray.rewards import arguments, resolve
 
 
+# Methods of which each element of the returned tuple is an object of its own.
+RETURNS = {"sample": 3, "generate": 2, "load_policy": 2, "initialize": 4, "update": 4}
+
+
 def reward_pool(
     reward: RewardConfig,
     config: Config,
@@ -80,6 +84,10 @@ def start_actor(
     # A slow reward is killed at each deadline: only the run's budget (ray.max_run_restarts) limits
     # its restarts, or a few timeouts would end the run instead of masking samples.
     restarts = -1 if isinstance(role, RewardConfig) else config.ray.max_restarts
+    # Known to the handle, they cost nothing at each call.
+    for method, count in RETURNS.items():
+        if hasattr(actor, method):
+            ray.method(num_returns=count)(getattr(actor, method))
     return (
         ray.remote(actor)
         .options(**options, max_restarts=restarts, scheduling_strategy=strategy)
