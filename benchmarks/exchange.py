@@ -4,9 +4,10 @@
 
 The real group of learners (`texforce_ray.rl.group`) with real messages, over this machine's
 loopback: L = 1, 2, 4, ... processes, each with a gradient of its own, add them up along the tree.
-For comparison, each learner also fetches what every other one has. All of them share this machine's
-cores, so the wall time is that of all messages together; CPU seconds and bytes of one learner are
-what carries over to machines of their own. All must hold the same bits in the end, either way.
+For comparison, up to 16 learners also fetch what every other one has; for 64, memory would have to
+hold 64 times 64 gradients. All learners share this machine's cores, so the wall time is that of all
+messages together; CPU seconds and bytes of one learner are what carries over to machines of their
+own. All must hold the same bits in the end, either way.
 
 Writes benchmarks/results/exchange.json and exchange.md.
 """
@@ -19,6 +20,7 @@ import multiprocessing
 import os
 import socket
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -30,6 +32,7 @@ from scaling import doubling
 from texforce_ray.rl.group import LearnerGroup, SoloGroup
 from texforce_ray.rl.tree_sum import tree_sum
 
+GATHER = 16  # learners at most that gather everything
 WARM = 2  # rounds that are not counted: connections are made in the first
 
 
@@ -50,7 +53,9 @@ def learner(rank: int, count: int, address: str, size: int, rounds: int, out: Co
     )
     own = gradient(rank, size)
     result: dict[str, Any] = {}
-    ways = {"tree": group.sum, "gather": lambda own: tree_sum(group.gather(own))}
+    ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"tree": group.sum}
+    if count <= GATHER:
+        ways["gather"] = lambda own: tree_sum(group.gather(own))
     for name, exchange in ways.items():
         for _ in range(WARM):
             total = exchange(own)
@@ -86,7 +91,7 @@ def measure(count: int, size: int, rounds: int) -> dict[str, Any]:
     for process in processes:
         process.join()
     row: dict[str, Any] = {"learners": count}
-    for name in ("tree", "gather"):
+    for name in results[0]:
         each = [result[name] for result in results]
         if len({one["sum"] for one in each} | {results[0]["tree"]["sum"]}) > 1:
             raise SystemExit(f"{count} learners do not agree on the sum ({name})")
@@ -118,17 +123,22 @@ def table(result: dict[str, Any]) -> list[str]:
         "| " + " | ".join(["---"] * 8) + " |",
     ]
     for row in result["runs"]:
-        tree, gather = row["tree"], row["gather"]
-        ratio = "" if row["learners"] == 1 else f"{tree['seconds'] / gather['seconds']:.2f}"
-        lines.append(
-            f"| {row['learners']} | {tree['received_bytes'] / 1e6:.1f} "
-            f"| {1e3 * tree['seconds']:.1f} | {1e3 * tree['cpu_seconds']:.1f} "
-            f"| {gather['received_bytes'] / 1e6:.1f} | {1e3 * gather['seconds']:.1f} "
-            f"| {1e3 * gather['cpu_seconds']:.1f} | {ratio} |"
-        )
+        tree, gather = row["tree"], row.get("gather")
+        cells = [row["learners"], *_cells(tree), *(_cells(gather) if gather else ("", "", ""))]
+        many = gather and row["learners"] > 1
+        cells.append(f"{tree['seconds'] / gather['seconds']:.2f}" if many else "")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     if "cpu_ms_of_a_round" in result:
         lines += ["", f"A round of the tree takes a learner {result['cpu_ms_of_a_round']:.1f} ms."]
     return lines
+
+
+def _cells(way: dict[str, Any]) -> tuple[str, str, str]:
+    return (
+        f"{way['received_bytes'] / 1e6:.1f}",
+        f"{1e3 * way['seconds']:.1f}",
+        f"{1e3 * way['cpu_seconds']:.1f}",
+    )
 
 
 def main() -> None:

@@ -19,7 +19,6 @@ from texforce_ray.crew.pool import ActorPool
 from texforce_ray.crew.scoring import RewardPool
 from texforce_ray.rewards import arguments, resolve
 
-
 # Methods of which each element of the returned tuple is an object of its own.
 RETURNS = {"sample": 3, "generate": 2, "load_policy": 2, "initialize": 4, "update": 4}
 
