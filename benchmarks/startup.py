@@ -36,13 +36,15 @@ PACKAGES = ("torch._dynamo", "sympy", "torch", "diffusers", "transformers", "pef
 _LINE = re.compile(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)")
 
 
-def run(config: str, folder: Path, environment: dict[str, str]) -> dict[str, float]:
-    """Seconds from the start of the command to each mark."""
+def run(
+    config: str, folder: Path, environment: dict[str, str]
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Seconds from the start of the command to each mark, and the run's actors."""
     command = [
         sys.executable, "-m", "texforce_ray.run", "--config", config, "iterations=1",
         "eval.final_images=0", f"run_dir={folder}",
     ]  # fmt: skip
-    began, seen = time.perf_counter(), {}
+    began, seen, actors = time.perf_counter(), {}, []
     with subprocess.Popen(
         command,
         cwd=ROOT,
@@ -58,17 +60,18 @@ def run(config: str, folder: Path, environment: dict[str, str]) -> dict[str, flo
             for mark in MARKS:
                 if line.startswith(mark):
                     seen.setdefault(mark, time.perf_counter() - began)
+                    if (status := folder / "status.json").exists():  # while they are alive
+                        actors = json.loads(status.read_text()).get("actors", actors)
     if process.returncode or seen.keys() != MARKS.keys():
         raise SystemExit("".join(output[-20:]))
-    return seen
+    return seen, actors
 
 
 def imports(config: str, folder: Path) -> dict[str, dict[str, float]]:
     """Seconds by package, of each role's first process."""
     sessions = Path(tempfile.gettempdir()) / "ray"
-    run(config, folder, {"PYTHONPROFILEIMPORTTIME": "1"})
+    _, actors = run(config, folder, {"PYTHONPROFILEIMPORTTIME": "1"})
     logs = sessions / "session_latest" / "logs"
-    actors = json.loads((folder / "status.json").read_text())["actors"]
     found: dict[str, dict[str, float]] = {}
     for actor in actors:
         pid = re.search(r"pid (\d+)", actor["process"])
@@ -109,7 +112,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        runs = [run(options.config, folder / str(i), {}) for i in range(options.repeat)]
+        runs = [run(options.config, folder / str(i), {})[0] for i in range(options.repeat)]
         result = {
             "config": options.config,
             "seconds": {mark: median(seen[mark] for seen in runs) for mark in MARKS},
