@@ -23,6 +23,7 @@ def test_rollouts_wait_for_slow_rewards() -> None:
         }
     )
     held = highest = 0
+    hurried: list[bool] = []
 
     class Crew:
         """Samples at once, scores slowly."""
@@ -38,8 +39,9 @@ def test_rollouts_wait_for_slow_rewards() -> None:
             highest = max(highest, held)
             return SampleInfo(0.0), "trajectory", "images"
 
-        async def score(self, _: Any, prompts: list[str], __: Any) -> Scores:
+        async def score(self, _: Any, prompts: list[str], __: Any, *, hurry: bool) -> Scores:
             nonlocal held
+            hurried.append(hurry)
             await asyncio.sleep(0.01)
             held -= 1
             return Scores([1.0] * len(prompts), None, 0.01)
@@ -55,3 +57,5 @@ def test_rollouts_wait_for_slow_rewards() -> None:
 
     assert asyncio.run(job()) == 16
     assert highest == 3
+    # The learner waits for the last one alone.
+    assert hurried == [False] * (len(hurried) - 1) + [True]

@@ -43,7 +43,8 @@ class Crowd:
         self.drawn.append(unit.index)
         return SampleInfo(1.0), f"trajectory {unit.index}, draw {len(self.drawn)}", f"{unit.index}"
 
-    async def score(self, images: str, prompts: Any, metadata: Any) -> Any:
+    async def score(self, images: str, prompts: Any, metadata: Any, *, hurry: bool) -> Any:
+        del hurry
         self._lose("images")
         return SimpleNamespace(scores=[float(images)] * len(prompts), error=None, seconds=0.0)
 

@@ -96,9 +96,12 @@ def test_a_call_has_no_more_units_than_a_fraction_of_a_second_can_score() -> Non
     assert [len(call) for call in actors.calls] == [1] * 12
 
 
-@pytest.mark.parametrize(("busy", "calls"), [(True, 1), (False, 3)])
-def test_units_wait_for_company_only_while_all_rollout_actors_are_at_work(
-    busy: bool, calls: int
+@pytest.mark.parametrize(
+    ("busy", "hurried", "calls"),
+    [(True, (), [3]), (False, (), [1, 1, 1]), (True, (1,), [2, 1]), (True, (0, 1, 2), [1, 1, 1])],
+)
+def test_units_wait_for_company_only_while_all_actors_sample_and_nobody_waits_for_them(
+    busy: bool, hurried: tuple[int, ...], calls: list[int]
 ) -> None:
     async def job() -> Servers:
         actors = Servers(1, quick)
@@ -107,12 +110,13 @@ def test_units_wait_for_company_only_while_all_rollout_actors_are_at_work(
         actors.calls.clear()
         jobs = []
         for i in range(3):
-            jobs.append(asyncio.ensure_future(pool.score(f"images {i}", ["prompt 1"], [{}])))  # type: ignore[arg-type]
+            one = pool.score(f"images {i}", ["prompt 1"], [{}], hurry=i in hurried)  # type: ignore[arg-type]
+            jobs.append(asyncio.ensure_future(one))
             await asyncio.sleep(0.02)
         await asyncio.wait_for(asyncio.gather(*jobs), 5)
         return actors
 
-    assert len(asyncio.run(job()).calls) == calls
+    assert [len(call) for call in asyncio.run(job()).calls] == calls
 
 
 def test_the_speed_of_a_reward_is_measured_before_units_share_a_call() -> None:

@@ -29,7 +29,7 @@ from texforce_ray.errors import (
 )
 
 _MERGE_WAIT_S = 0.05  # how long a unit waits for others to be scored with it
-_COMPANY_S = 0.2  # how long for others to share a call, while that delays nobody
+_COMPANY_S = 0.2  # how long for others to share a call, if nobody waits for its scores
 _MOST_UNITS = 16  # of a call
 _CALL_S = 0.5  # how long a call with several units may take, and
 _CALL_SHARE = 0.1  # which share of the deadline, which all of them share
@@ -77,7 +77,7 @@ class RewardPool:
         self._asked = 0
         self._waiting: list[_Unit] = []
         self._timer: asyncio.Handle | None = None
-        self._oldest = 0.0  # when the first of those that wait came
+        self._patient_until = 0.0  # when those that wait must go
         self._calls: dict[asyncio.Task[None], list[_Unit]] = {}  # as many as servers
         self._again: dict[asyncio.Task[None], list[_Unit]] = {}
         self._unit_seconds = math.inf  # a unit's share of the last call
@@ -93,15 +93,23 @@ class RewardPool:
         return peak
 
     async def score(
-        self, images: ray.ObjectRef, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+        self,
+        images: ray.ObjectRef,
+        prompts: Sequence[str],
+        metadata: Sequence[dict[str, Any]],
+        *,
+        hurry: bool = True,
     ) -> Scores:
-        """Scores of one unit's images; after all retries, the error instead of scores."""
+        """Scores of one unit's images; after all retries, the error instead of scores.
+
+        `hurry`: somebody waits for them; otherwise they may wait for others to share a call.
+        """
         began = time.perf_counter()
         answer: asyncio.Future[Scores] = asyncio.get_running_loop().create_future()
         self._asked += 1
         self.statistics.queue = max(self.statistics.queue, self._asked - len(self.actors.actors))
-        if not self._waiting:
-            self._oldest = began
+        if hurry or not self._waiting:
+            self._patient_until = began if hurry else began + _COMPANY_S
         self._waiting.append(_Unit(images, list(prompts), list(metadata), answer))
         self._dispatch_soon()
         try:
@@ -118,24 +126,22 @@ class RewardPool:
     # ---- calls ---------------------------------------------------------------------------
 
     def _dispatch_soon(self) -> None:
-        """Start calls once all units that are ready at this moment wait together."""
+        """Look again once all units that are ready at this moment wait together.
+
+        By then, the actor that has just sampled one is at work again, if it can be.
+        """
         loop = asyncio.get_running_loop()
-        if len(self._waiting) == self.reward.merge_units and not self._may_wait():
+        if len(self._waiting) >= self.reward.merge_units:
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer = loop.call_soon(self._dispatch)
+            self._timer = loop.call_soon(self._dispatch_or_wait)
         elif self._timer is None:
             self._timer = loop.call_later(_MERGE_WAIT_S, self._dispatch_or_wait)
 
-    def _may_wait(self) -> bool:
-        """Whether more units will come, and a call with several would still be short."""
-        waited = time.perf_counter() - self._oldest
-        return (
-            waited < _COMPANY_S and self._units_at_once() > len(self._waiting) and self.sampling()
-        )
-
     def _dispatch_or_wait(self) -> None:
-        if self._may_wait():
+        """Wait while more units will come, and a call with several would still be short."""
+        patient = time.perf_counter() < self._patient_until
+        if patient and len(self._waiting) < self._units_at_once() and self.sampling():
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(_MERGE_WAIT_S, self._dispatch_or_wait)
         else:
@@ -156,7 +162,8 @@ class RewardPool:
 
     def _called(self, call: asyncio.Task[None]) -> None:
         del self._calls[call]
-        self._dispatch()
+        if self._waiting:
+            self._dispatch_soon()
 
     def _units_of_a_call(self) -> int:
         """An equal share of what waits, as far as a call stays short; whole merges."""

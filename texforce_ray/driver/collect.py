@@ -74,7 +74,10 @@ async def collect(
         ActorError: a rollout actor failed permanently.
         EffectError: a rollout actor does not sample with that policy.
     """
-    parts = await gather(*(_sample_and_score(crew, unit, policy, effect) for unit in units))
+    to_sample = {unit.index for unit in units}
+    parts = await gather(
+        *(_sample_and_score(crew, unit, policy, effect, to_sample) for unit in units)
+    )
     errors: dict[str, str] = {}
     seconds = {reward.key: 0.0 for reward in crew.config.rewards}
     for part in parts:
@@ -96,12 +99,16 @@ async def collect(
 
 
 async def _sample_and_score(
-    crew: Crew, unit: WorkUnit, policy: ObjectRef, effect: Effect | None
+    crew: Crew, unit: WorkUnit, policy: ObjectRef, effect: Effect | None, to_sample: set[int]
 ) -> ScoredBatch:
+    """`to_sample`: indices of the iteration's units that are not sampled yet."""
+
     async def attempt() -> tuple[Any, ...]:
         info, trajectory, images = await crew.sample(unit, [policy])
         check_effect(info, effect, unit.policy_version, crew.config.model.dtype)
-        return info, trajectory, await score(crew, images, unit.prompts, unit.metadata)
+        to_sample.discard(unit.index)
+        scores = score(crew, images, unit.prompts, unit.metadata, hurry=not to_sample)
+        return info, trajectory, await scores
 
     async with crew.backlog:
         info, trajectory, (rewards, errors, seconds) = await crew.redo_if_lost(attempt)
@@ -158,11 +165,20 @@ async def sample_again(
 
 
 async def score(
-    crew: Crew, images: ObjectRef, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+    crew: Crew,
+    images: ObjectRef,
+    prompts: Sequence[str],
+    metadata: Sequence[dict[str, Any]],
+    *,
+    hurry: bool = True,
 ) -> tuple[np.ndarray, dict[str, str], dict[str, float]]:
-    """Score a batch with all rewards: float64 [B, R] with NaN for failures, errors, seconds."""
+    """Score a batch with all rewards: float64 [B, R] with NaN for failures, errors, seconds.
+
+    `hurry`: see `RewardPool.score`.
+    """
     rewards = crew.config.rewards
-    answers = await gather(*(crew.rewards[r.key].score(images, prompts, metadata) for r in rewards))
+    pools = [crew.rewards[reward.key] for reward in rewards]
+    answers = await gather(*(pool.score(images, prompts, metadata, hurry=hurry) for pool in pools))
     columns, errors, seconds = [], {}, {}
     for reward, answer in zip(rewards, answers, strict=True):
         if answer.error is not None:
