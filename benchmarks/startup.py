@@ -3,8 +3,8 @@
     python benchmarks/startup.py [--config configs/shapes.yaml] [--repeat 3]
 
 Runs one iteration of a config as a user would, notes when each line of its progress appears, and
-then once more with Python's own clock of imports in every process of the run. Times until a line are
-medians; imports are seconds of each role's process by package, while all of them share the cores.
+then once more with Python's own clock of imports in every process of the run. Times until a line
+are medians; imports are seconds of each role's process by package, while all share the cores.
 Writes benchmarks/results/startup.json and startup.md.
 """
 

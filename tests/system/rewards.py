@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from texforce_ray.actors.messages import ImagePayload, Scores, ScoringTask
+from texforce_ray.actors.reward import RewardServer
 
 
 class Redness:
@@ -67,3 +71,14 @@ class Words:
 
     def score(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> list:
         return ["good"] * len(images)
+
+
+class CountingServer(RewardServer):
+    """Appends a line to `trace` for each call: how many tasks it has."""
+
+    trace = ""
+
+    def score(self, tasks: Sequence[ScoringTask], *payloads: ImagePayload) -> list[Scores]:
+        with open(self.trace, "a") as file:
+            file.write(f"{len(tasks)}\n")
+        return super().score(tasks, *payloads)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.stand_in_run import EACH, SMALL
+from tests.system.rewards import CountingServer
 from texforce_ray.config.io import make_config
 from texforce_ray.driver import evaluation, recorder
 from texforce_ray.driver.training import train
@@ -82,3 +84,17 @@ def test_sampling_goes_on_while_an_evaluation_is_scored(
     monkeypatch.setattr(evaluation, "score", patient)
     train(config, roles=_roles(tmp_path))
     assert len(seen) == 1
+
+
+def test_units_of_a_quick_reward_share_calls(tmp_path: Path) -> None:
+    """What a unit costs the driver is its calls; each unit is scored all the same, by itself."""
+    calls = tmp_path / "calls"
+    server = type("Server", (CountingServer,), {"trace": str(calls)})
+    roles = replace(_roles(tmp_path, sample_seconds=0.1), reward=server)
+    prompts = {"per_iteration": 32, "samples_per_prompt": 4}
+    train(_config(tmp_path, iterations=2, prompts=prompts), roles=roles)
+    counts = [int(line) for line in calls.read_text().split()]
+    assert sum(counts) == 64
+    assert len(counts) < 64 * 0.8
+    lines = read_metrics(tmp_path / "run")
+    assert [line["reward/masked"] for line in lines] == [0, 0]
