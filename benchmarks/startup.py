@@ -69,7 +69,7 @@ def run(
 
 def imports(config: str, folder: Path) -> dict[str, dict[str, float]]:
     """Seconds by package, of each role's first process."""
-    sessions = Path(tempfile.gettempdir()) / "ray"
+    sessions = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray"
     _, actors = run(config, folder, {"PYTHONPROFILEIMPORTTIME": "1"})
     logs = sessions / "session_latest" / "logs"
     found: dict[str, dict[str, float]] = {}

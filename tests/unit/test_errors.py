@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from texforce_ray.cluster.answers import log_tail
 from texforce_ray.errors import (
     is_device_fault,
     is_out_of_memory,
@@ -55,3 +58,14 @@ def test_configs_that_others_see_hold_no_secret() -> None:
     hidden = {"api_key": "***", "api_key_env": "MY_KEY", "url": "http://***@host/", "low": 0}
     assert shareable({"rewards": [{"kwargs": kwargs}]}) == {"rewards": [{"kwargs": hidden}]}
     assert shareable_yaml(text) == text.replace("sk-1", "***").replace("me:pw", "***")
+
+
+def test_a_dead_actors_last_lines_are_found_where_ray_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    logs = tmp_path / "ray" / "session_2026-11-27_10-00-00_000000_1" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "worker-abc-01000000-77.err").write_text("starting\nthe disk is on fire\n")
+    assert log_tail(77).endswith("starting / the disk is on fire")
+    assert log_tail(78) == ""

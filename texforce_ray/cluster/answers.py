@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import tempfile
 from collections.abc import AsyncIterator, Coroutine
@@ -119,7 +120,7 @@ def _lines(error: BaseException) -> list[str]:
 
 def log_tail(pid: int | None) -> str:
     """The last lines of an actor process's error log, if that is on this machine."""
-    sessions = Path(tempfile.gettempdir()) / "ray"
+    sessions = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray"
     found = sessions.glob(f"session_2*/logs/worker-*-{pid}.err") if pid else ()
     # Process ids are reused: take the newest session's file.
     for path in sorted(found, key=lambda p: p.parts, reverse=True)[:1]:
