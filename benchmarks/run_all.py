@@ -46,13 +46,20 @@ def main() -> int:
         if subprocess.run(command, check=False).returncode:
             failed.append(name)
         print(f"== {name}: {time.monotonic() - began:.0f} s", flush=True)
+    # Results that are there from an earlier call keep the commit that they were measured at.
+    last = RESULTS / "bench.json"
+    commits = json.loads(last.read_text()).get("commits", {}) if last.exists() else {}
+    commits |= dict.fromkeys(chosen, _commit())
     whole: dict[str, object] = {"machine": _machine(), "commit": _commit(), "failed": failed}
+    whole["commits"] = commits
     page = [f"{_machine()}, commit {_commit()}", ""]
     for name, title in SCRIPTS.items():
         path = RESULTS / f"{name}.json"
         if path.exists() and name not in failed:
             whole[name] = json.loads(path.read_text())
-            page += [f"## {title}", "", f"`python benchmarks/{name}.py`", ""]
+            at = commits.get(name, "unknown")
+            other = "" if at == _commit() else f", at commit {at}"
+            page += [f"## {title}", "", f"`python benchmarks/{name}.py`{other}", ""]
             page += [(RESULTS / f"{name}.md").read_text()]
     if failed:
         page.append(f"failed: {', '.join(failed)}")

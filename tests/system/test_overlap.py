@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,7 @@ def test_the_next_update_does_not_wait_for_the_disk(
     monkeypatch.setattr(recorder, "save_checkpoint", slow)
     train(_config(tmp_path), roles=_roles(tmp_path))
     assert waited == [1, 2, 3]
+    assert gc.get_freeze_count() == 0  # a notebook's objects are collected again
     assert [line["iteration"] for line in read_metrics(tmp_path / "run")] == [0, 1, 2, 3]
     assert sorted(step_of(path) for path in checkpoints(tmp_path / "run")) == [1, 2, 3, 4]
 

@@ -60,14 +60,17 @@ class RewardServer:
         Raises:
             DeviceError: the GPU failed; this process should not be used again.
         """
-        remaining = iter(payloads)
+        remaining, began = iter(payloads), time.perf_counter()
         deadline.begin(self.timeout_s)
         try:
-            return [self._scores(task, list(islice(remaining, task.payloads))) for task in tasks]
+            return [
+                self._scores(task, list(islice(remaining, task.payloads)), began) for task in tasks
+            ]
         finally:
             deadline.end()
 
-    def _scores(self, task: ScoringTask, payloads: list[ImagePayload]) -> Scores:
+    def _scores(self, task: ScoringTask, payloads: list[ImagePayload], began: float) -> Scores:
+        """`began`: the call's start, from which its deadline counts."""
         start = time.perf_counter()
         count, scores = len(task.prompts), []
         try:
@@ -77,8 +80,9 @@ class RewardServer:
             for first in range(0, count, self.batch_size):
                 if deadline.left() < 0:
                     raise TimeoutError(
-                        f"{first} of {count} images took {time.perf_counter() - start:.0f} "
-                        f"s, but the reward's timeout_s is {self.timeout_s:g}"
+                        f"{first} of {count} images were scored after "
+                        f"{time.perf_counter() - began:.0f} s, but the reward's timeout_s is "
+                        f"{self.timeout_s:g}"
                     )
                 part = slice(first, first + self.batch_size)
                 values = self.reward.score(images[part], task.prompts[part], task.metadata[part])

@@ -30,6 +30,9 @@ from texforce_ray.actors.reward import RewardServer
 from texforce_ray.actors.rollout import RolloutActor
 from texforce_ray.artifacts.snapshot import PolicySnapshot
 
+# How many objects a call of these methods gives; all others give one.
+RETURNS = {"sample": 3, "generate": 2, "load_policy": 2, "initialize": 4, "update": 4}
+
 
 class Rollout(Protocol):
     """Draws with the policy that each task names, a snapshot ref; without one, the base model."""

@@ -47,8 +47,8 @@ class RewardConfig(Section):
     merge_units: int = Field(
         1,
         ge=1,
-        description="units of work scored in one call; more than 1 is faster with small units, but "
-        "which units are merged depends on timing, and so do the last bits of a model's scores",
+        description="units of work in one call of score(); more than 1 is faster with small units, "
+        "but which units are merged depends on timing, and so do the last bits of a model's scores",
     )
     num_threads: int = Field(1, ge=1, description="CPU threads of a server (changes rounding)")
     replicas: int = free(1, "reward servers", ge=1)

@@ -9,7 +9,7 @@ import ray
 
 from texforce_ray.actors.process import ALLOCATOR
 from texforce_ray.actors.reward import RewardServer
-from texforce_ray.actors.roles import RewardScorer
+from texforce_ray.actors.roles import RETURNS, RewardScorer
 from texforce_ray.cluster.environments import isolated_command
 from texforce_ray.cluster.placement import actor_options
 from texforce_ray.cluster.requests import needs
@@ -18,9 +18,6 @@ from texforce_ray.crew.budget import Budget
 from texforce_ray.crew.pool import ActorPool
 from texforce_ray.crew.scoring import RewardPool
 from texforce_ray.rewards import arguments, resolve
-
-# Methods of which each element of the returned tuple is an object of its own.
-RETURNS = {"sample": 3, "generate": 2, "load_policy": 2, "initialize": 4, "update": 4}
 
 
 def reward_pool(
