@@ -56,8 +56,7 @@ def _make_flow(folder: Path, *, full: bool) -> None:
     tokenizer = build_tokenizer(vocabulary())
     tokenizer.model_max_length = 77
     clips = {}
-    device = torch.device("cuda" if full and torch.cuda.is_available() else "cpu")
-    with device:  # a GPU fills them in seconds
+    with _where(full=full):
         for name in ("text_encoder", "text_encoder_2"):
             clips[name] = CLIPTextModelWithProjection(CLIPTextConfig(**parts[name])).to(dtype)
         transformer = SD3Transformer2DModel(**parts["transformer"]).to(dtype)
@@ -74,6 +73,11 @@ def _make_flow(folder: Path, *, full: bool) -> None:
     ).save_pretrained(folder)
 
 
+def _where(*, full: bool) -> torch.device:
+    """Where weights are drawn: a GPU fills large networks in seconds."""
+    return torch.device("cuda" if full and torch.cuda.is_available() else "cpu")
+
+
 def _make_ddim(folder: Path, *, full: bool) -> None:
     torch.manual_seed(0)
     text = CLIPTextConfig(
@@ -87,32 +91,34 @@ def _make_ddim(folder: Path, *, full: bool) -> None:
     )
     channels = (320, 640, 1280, 1280) if full else (32, 64)
     levels = len(channels)
-    unet = UNet2DConditionModel(
-        sample_size=64 if full else 8,
-        cross_attention_dim=text.hidden_size,
-        attention_head_dim=8 if full else 2,
-        block_out_channels=channels,
-        layers_per_block=2 if full else 1,
-        norm_num_groups=32 if full else 8,
-        down_block_types=(*["CrossAttnDownBlock2D"] * (levels - 1), "DownBlock2D"),
-        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * (levels - 1)),
-    )
-    vae_channels = (128, 256, 512, 512) if full else (16, 32)
-    vae = AutoencoderKL(
-        block_out_channels=vae_channels,
-        down_block_types=["DownEncoderBlock2D"] * len(vae_channels),
-        up_block_types=["UpDecoderBlock2D"] * len(vae_channels),
-        layers_per_block=2 if full else 1,
-        norm_num_groups=32 if full else 8,
-        latent_channels=4,
-        sample_size=512 if full else 16,
-        scaling_factor=0.18215,
-    )
+    with _where(full=full):
+        unet = UNet2DConditionModel(
+            sample_size=64 if full else 8,
+            cross_attention_dim=text.hidden_size,
+            attention_head_dim=8 if full else 2,
+            block_out_channels=channels,
+            layers_per_block=2 if full else 1,
+            norm_num_groups=32 if full else 8,
+            down_block_types=(*["CrossAttnDownBlock2D"] * (levels - 1), "DownBlock2D"),
+            up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * (levels - 1)),
+        )
+        vae_channels = (128, 256, 512, 512) if full else (16, 32)
+        vae = AutoencoderKL(
+            block_out_channels=vae_channels,
+            down_block_types=["DownEncoderBlock2D"] * len(vae_channels),
+            up_block_types=["UpDecoderBlock2D"] * len(vae_channels),
+            layers_per_block=2 if full else 1,
+            norm_num_groups=32 if full else 8,
+            latent_channels=4,
+            sample_size=512 if full else 16,
+            scaling_factor=0.18215,
+        )
+        encoder = CLIPTextModel(text)
     tokenizer = build_tokenizer(vocabulary())
     tokenizer.model_max_length = text.max_position_embeddings  # 77, as CLIP's
     pipe = StableDiffusionPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel(text),
+        text_encoder=encoder,
         tokenizer=tokenizer,
         unet=unet,
         scheduler=DDIMScheduler(

@@ -36,7 +36,7 @@ else
   samples=16 compile= flow=tiny-flow
 fi
 if "$PYTHON" -c "import pytest, pytest_timeout" 2>/dev/null; then
-  step "$PYTHON" -m pytest -q -m gpu tests/gpu
+  step "$PYTHON" -m pytest -q tests/gpu
 else
   echo "packages that are missing for tests/gpu: pytest, pytest-timeout"
 fi

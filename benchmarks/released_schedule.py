@@ -96,7 +96,7 @@ class ReleasedSchedule:
             seeds=np.asarray(seeds),
             policy_version=0,
         )
-        return trajectory, backbone.decode(x)
+        return trajectory, backbone.decode(x).cpu().numpy()
 
     def update(self, batch: UpdateBatch) -> None:
         """All epochs and minibatches of one iteration, those of the learner."""

@@ -55,6 +55,7 @@ class Work:
         )
         self.learner = PpoLearner(self.backbone, config)
         self.sampler = Sampler.of(self.backbone, config).at(config, 0)
+        self.started = self.learner.learned()
 
     def flops(self, size: int) -> tuple[int, int]:
         """Of the rollout and of the update."""
@@ -68,16 +69,21 @@ class Work:
     def rollout(self, size: int) -> Any:
         return self.sampler.sample(["a green circle"] * size, np.arange(size), 0)[0]
 
+    def restart(self) -> None:
+        """Back to the weights that sampled: an update is of a whole iteration, then published."""
+        self.learner.load(self.started)
+
     def update(self, size: int, trajectory: Any) -> None:
-        state = self.learner.learned()
         advantages = np.linspace(-1, 1, size)
         self.learner.update(UpdateBatch(trajectory, advantages, np.ones(size, dtype=bool)))
-        self.learner.load(state)
 
 
-def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, int]:
-    """Seconds of the second call, and peak bytes on a GPU."""
+def timed(
+    device: torch.device, work: Callable[[], Any], between: Callable[[], Any] = lambda: None
+) -> tuple[float, int]:
+    """Seconds of the second call, and peak bytes on a GPU; `between` is not timed."""
     work()
+    between()
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.synchronize()
@@ -86,7 +92,9 @@ def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, int]:
     work()
     if cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - began, torch.cuda.max_memory_allocated() if cuda else 0
+    seconds = time.perf_counter() - began
+    between()
+    return seconds, torch.cuda.max_memory_allocated() if cuda else 0
 
 
 def longest(device: torch.device, work: Callable[[], Any]) -> list[tuple[str, float]]:
@@ -140,7 +148,7 @@ def measured(work: Work, size: int) -> dict[str, Any]:
     trajectory, device = work.rollout(size), work.backbone.device
     peak = matmul_peak(device, work.backbone.dtype)
     rollout, rollout_bytes = timed(device, lambda: work.rollout(size))
-    update, update_bytes = timed(device, lambda: work.update(size, trajectory))
+    update, update_bytes = timed(device, lambda: work.update(size, trajectory), work.restart)
     sampled, trained = work.flops(size)
     return {
         "size": size,

@@ -1,15 +1,18 @@
 """On a real GPU: what other tests can only emulate. `make gpu`; needs no Ray and no downloads.
 
 Without a GPU (`make gpu SIZE=tiny`) the same code runs on the CPU, but for what is CUDA's alone.
+What is not marked `gpu` does so in every test run.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from tests.flow_miniatures import MINIATURES
 from tests.flow_miniatures import build as build_flow
@@ -22,10 +25,15 @@ from texforce_ray.rl.objectives import make_learner
 from texforce_ray.rl.ppo_learner import PpoLearner
 from texforce_ray.rl.sharding import UpdateBatch
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.long
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+NO_CUDA = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+HALF = [pytest.param(dtype, marks=pytest.mark.gpu) for dtype in ("bfloat16", "float16")]
+WAYS = [
+    pytest.param(False, id="eager"),
+    pytest.param(True, id="compiled", marks=pytest.mark.gpu),
+]
 
 PROMPTS = ["a green circle", "two red squares"]
 SEEDS = np.array([7, 2**40])
@@ -45,14 +53,13 @@ def _config(path: Path, dtype: str, *, steps: int, guidance: float, compiled: bo
             "prompts": {"per_iteration": 2, "samples_per_prompt": 1},
             "rollout": {"batch_size": 2, "num_gpus": 1},
             "advantage": {"mode": "batch"},
-            "objective": {"timestep_fraction": 1.0},
             "update": {"minibatches": 1},
         }
     )
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("compiled", WAYS)
+@pytest.mark.parametrize("dtype", ["float32", *HALF])
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_two_updates_agree_with_the_sampler_and_with_float32(
     family: str, dtype: str, compiled: bool, tmp_path: Path
@@ -85,8 +92,8 @@ def test_two_updates_agree_with_the_sampler_and_with_float32(
     assert learner.learned().snapshot.changes
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("compiled", WAYS)
+@pytest.mark.parametrize("dtype", ["float32", *HALF])
 @pytest.mark.parametrize("name", list(MINIATURES))
 def test_flow_models_update_there(name: str, dtype: str, compiled: bool, tmp_path: Path) -> None:
     if compiled and (DEVICE == "cpu" or name not in ("sd35", "flux_dev")):
@@ -119,7 +126,7 @@ def test_flow_models_update_there(name: str, dtype: str, compiled: bool, tmp_pat
     assert learner.learned().snapshot.changes
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", HALF[0]])
 @pytest.mark.parametrize("kind", ["nft", "awm", "rwr", "raft"])
 def test_objectives_on_the_forward_process_learn_there(
     kind: str, dtype: str, tiny_pipeline: Path
@@ -142,7 +149,35 @@ def test_objectives_on_the_forward_process_learn_there(
     assert learner.learned().snapshot.changes
 
 
-@needs_cuda
+@pytest.mark.gpu
+@NO_CUDA
+@pytest.mark.parametrize("kind", ["ppo", "nft", "awm", "rwr"])
+def test_the_processor_does_not_wait_for_the_device_within_a_minibatch(
+    kind: str, tiny_pipeline: Path
+) -> None:
+    """As often as an update does, whatever the number of its microbatches."""
+    waits = []
+    for size in (1, 8):
+        config = _config(tiny_pipeline, "float32", steps=4, guidance=3.0, compiled=False)
+        objective = {"kind": kind, "kl_weight": 0.1} if kind == "ppo" else {"kind": kind}
+        config = make_config(
+            config.model_dump() | {"objective": objective, "learner": {"microbatch_size": size}}
+        )
+        learner = make_learner(load_config_backbone(config, 1.0), config)
+        trajectory, _ = Sampler.of(learner.backbone, config).sample(PROMPTS, SEEDS, 0)
+        batch = UpdateBatch(trajectory, np.array([1.0, -1.0]), np.ones(2, dtype=bool))
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            learner.update(batch)
+        events = Counter({event.key: event.count for event in seen.key_averages()})
+        waits.append(
+            sum(events[f"cuda{what}Synchronize"] for what in ("Stream", "Device", "Event"))
+        )
+    assert waits[0] == waits[1], waits
+    assert waits[0] > 0  # else the profiler does not name them as expected
+
+
+@pytest.mark.gpu
+@NO_CUDA
 def test_float32_on_a_named_device_uses_no_tf32(tiny_pipeline: Path) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     config = make_config({"model": {"path": str(tiny_pipeline), "device": "cuda:0"}})
@@ -151,7 +186,8 @@ def test_float32_on_a_named_device_uses_no_tf32(tiny_pipeline: Path) -> None:
     assert not torch.backends.cudnn.allow_tf32
 
 
-@needs_cuda
+@pytest.mark.gpu
+@NO_CUDA
 def test_samples_on_the_gpu_are_those_of_the_cpu_but_for_rounding(tiny_pipeline: Path) -> None:
     images = [
         Sampler(

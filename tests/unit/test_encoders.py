@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -214,35 +213,3 @@ def test_a_model_that_takes_no_guidance_is_refused_before_the_end_of_a_run(tmp_p
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"guidance_scale: 3\.5, but this model takes no gui"):
         load_config_backbone(config, 0)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("family", ["sd3", "flux_dev"])
-def test_each_kind_of_block_is_compiled_once_whatever_the_prompts_are(
-    family: str, tmp_path: Path
-) -> None:
-    """Not the whole transformer, which takes minutes; and not again for each block or prompt."""
-    build(tmp_path, family)
-    torch._dynamo.reset()
-    backbone, plain = (load_backbone(str(tmp_path), drawing=DRAWING) for _ in range(2))
-    for each in (backbone, plain):
-        for name in each.blocks:  # more of each kind
-            blocks = getattr(each.denoiser, name)
-            for _ in range(3):
-                blocks.insert(0, copy.deepcopy(blocks[0]))
-    # SD3's last block ignores the text. FLUX has blocks of two classes, and one of them is compiled
-    # again for the memory layout of what a block of the other class gives it.
-    kinds, graphs = {"sd3": 2, "flux_dev": 3}[family], []
-
-    def count(module: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(module)
-        return module.forward
-
-    backbone.compile(backend=count)
-    sampler, eager = (
-        Sampler(each, steps=2, eta=0.8, guidance_scale=1.0) for each in (backbone, plain)
-    )
-    for prompts in (PROMPTS, PROMPTS[:1] * 3, ["a", "b", "c"]):
-        images = sampler.sample(prompts, SEEDS, 0)[1]
-        assert np.array_equal(images, eager.sample(prompts, SEEDS, 0)[1])
-        assert len(graphs) == kinds

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -125,26 +124,3 @@ def test_sdxls_latents_are_shifted_as_stock_does(changed_pipeline: Callable[...,
         name="sdxl",
     )
     assert_equal(draw(path), draw_stock(path))
-
-
-@pytest.mark.long
-def test_a_compiled_unet_sees_one_shape_whatever_the_prompts_are(
-    pipelines: dict[str, Path],
-) -> None:
-    backbone, graphs = load_backbone(str(pipelines["sd15"])), []
-
-    def count(module: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(module)
-        return module.forward
-
-    torch._dynamo.reset()
-    backbone.denoiser.compile(dynamic=False, backend=count)
-    backbone.compiled = True
-    sampler = Sampler(backbone, steps=2, eta=1.0, guidance_scale=3.0)
-    plain = Sampler(load_backbone(str(pipelines["sd15"])), steps=2, eta=1.0, guidance_scale=3.0)
-    seen = []
-    for prompts in (["a"] * 4, ["a", "b", "a", "b"], ["a", "b", "c", "d"], ["a", "a", "a", "b"]):
-        images = sampler.sample(prompts, np.arange(4), 0)[1]
-        assert_equal(images, plain.sample(prompts, np.arange(4), 0)[1])
-        seen.append(len(graphs))
-    assert seen == [seen[0]] * 4

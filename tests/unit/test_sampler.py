@@ -120,7 +120,7 @@ def test_stored_latents_reproduce_the_likelihoods(backbone: Backbone, storage: s
     error = np.abs(_recomputed(backbone, trajectory, sampler) - trajectory.log_probs).max()
     assert error <= 1e-5
     # The image, too, comes from the stored x_0.
-    decoded = backbone.decode(torch.from_numpy(trajectory.latents[:, -1]).float())
+    decoded = backbone.decode(torch.from_numpy(trajectory.latents[:, -1]).float()).numpy()
     assert np.abs(decoded.astype(int) - images.astype(int)).max() <= 1
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from texforce_ray.diffusion.process import Process
 from texforce_ray.model.backbone import Backbone
 from texforce_ray.model.conditioning import Conditioning, Prepared
+from texforce_ray.model.padding import pad_batch
+from texforce_ray.model.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,14 @@ class Denoiser:
 
     guidance_scale: as in the stock pipeline; for most, at most 1 means no guidance, and one pass
     instead of two.
+    least: rows that a compiled network is given at least, so that a rest of a few needs no code of
+    its own, which takes minutes to compile.
     """
 
     backbone: Backbone
     process: Process
     guidance_scale: float
+    least: int = 0
 
     @property
     def passes(self) -> int:
@@ -68,6 +73,12 @@ class Denoiser:
             prepared: distinct prompts; with guidance, the empty one comes first.
             rows: int64 [B], each sample's index into them.
         """
+        if self.backbone.compiled:
+            count = len(rows)
+            return self._output(*pad_batch(step, x, rows, self.least), prepared)[:count]
+        return self._output(step, x, rows, prepared)
+
+    def _output(self, step: Tensor, x: Tensor, rows: np.ndarray, prepared: Prepared) -> Tensor:
         timesteps = self.process.timesteps[step]
         if self.passes == 1:
             return self.backbone.predict_prepared(x, timesteps, prepared, rows).float()
@@ -102,5 +113,5 @@ def draw_noise(
     if first != later:
         drawn = [noise.float() for noise in drawn]
     # A single copy to the device: a copy per step would wait for the step before.
-    start, *steps = torch.stack(drawn).to(backbone.device).float()
+    start, *steps = to_device(torch.stack(drawn), backbone.device).float()
     return start, dict(zip(process.draws, steps, strict=True))

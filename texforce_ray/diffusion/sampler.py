@@ -14,6 +14,7 @@ from texforce_ray.diffusion.denoiser import Denoiser, draw_noise
 from texforce_ray.diffusion.trajectory import Trajectory
 from texforce_ray.diffusion.window import process_at
 from texforce_ray.model.backbone import DTYPES, Backbone
+from texforce_ray.model.transfer import arrived, to_device, to_host
 
 
 class Sampler:
@@ -120,19 +121,21 @@ class Sampler:
                 log_probs.append(process.log_prob(step, x, mean)[:, None])
         chosen, slots = _layout(keep, len(prompts), len(latents))
         rows_of = torch.arange(len(prompts), device=x.device)[:, None]
-        kept = torch.stack(latents, 1)[rows_of, torch.from_numpy(chosen).to(x.device)]
+        kept = torch.stack(latents, 1)[rows_of, to_device(chosen, x.device)]
+        stored, likelihoods = to_host(kept.to(self.storage)), to_host(torch.cat(log_probs, 1))
+        images = [to_host(backbone.decode(p)) for p in x.split(self.decode_batch_size or len(x))]
+        arrived(x.device)
         trajectory = Trajectory(
             prompt_ids=tuple(part.numpy() for part in ids),
-            latents=kept.to(self.storage).cpu().numpy(),
+            latents=stored.numpy(),
             slots=slots,
             timesteps=process.timesteps.cpu().numpy(),
-            log_probs=torch.cat(log_probs, 1).cpu().numpy(),
+            log_probs=likelihoods.numpy(),
             prompts=tuple(prompts),
             seeds=np.asarray(seeds, dtype=np.int64),
             policy_version=policy_version,
         )
-        parts = x.split(self.decode_batch_size or len(x))
-        return trajectory, np.concatenate([backbone.decode(part) for part in parts])
+        return trajectory, torch.cat(images).numpy()
 
 
 def _layout(keep: np.ndarray | None, count: int, latents: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,22 +7,26 @@ folded into one longer query.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 Layers = list[Any]  # diffusers' Attention modules
 
 
 class SharedAttention:
-    """Attention processor of one layer. Without `keys_values`, it works as diffusers' default."""
+    """Attention processor of a layer. Without `keys_values`, it works as diffusers' default.
 
-    def __init__(self, layer: int | None) -> None:
-        self.layer = layer
+    crosses: whether it is cross-attention; all layers of a block are given the same arguments.
+    """
+
+    def __init__(self, crosses: bool) -> None:
+        self.crosses = crosses
 
     def __call__(
         self,
@@ -33,17 +37,15 @@ class SharedAttention:
         keys_values: Sequence[Tensor] | None = None,
         groups: Tensor | None = None,
     ) -> Tensor:
-        """Queries float [B, N, C]; see `Prepared` for `keys_values`, `group_rows` for `groups`."""
+        """Queries float [B, N, C]; the layer's `keys_values`; see `group_rows` for `groups`."""
         query = attn.to_q(hidden_states)
-        if keys_values is None or groups is None or self.layer is None:
+        if keys_values is None or groups is None or not self.crosses:
             source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
             key, value = attn.to_k(source), attn.to_v(source)
         else:
             # Cast after selecting: a learner's keys and values are float32, and so is the sum of
             # their gradients over all rows that use them.
-            key, value = (
-                t.index_select(0, groups).to(query.dtype) for t in _pair(keys_values, self.layer)
-            )
+            key, value = (t.index_select(0, groups).to(query.dtype) for t in keys_values)
             query = query.reshape(len(key), -1, query.shape[-1])
         query, key, value = (
             t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value)
@@ -61,11 +63,34 @@ def install(unet: UNet2DConditionModel) -> Layers:
         if not name.endswith(("attn1", "attn2")):
             continue
         crosses = name.endswith("attn2")
-        processors[f"{name}.processor"] = SharedAttention(len(layers) if crosses else None)
+        processors[f"{name}.processor"] = SharedAttention(crosses)
         if crosses:
+            block = unet.get_submodule(name.rpartition(".")[0])
+            names = list(inspect.signature(block.forward).parameters)
+            block.register_forward_pre_hook(_Own(len(layers), names), with_kwargs=True)
             layers.append(module)
     unet.set_attn_processor(processors)
     return layers
+
+
+class _Own:
+    """Hook of the block around cross-attention layer i: of all keys and values, its own pair.
+
+    Outside of the block, so that blocks of equal shapes have equal inputs and share compiled code.
+    """
+
+    def __init__(self, layer: int, names: Sequence[str]) -> None:
+        self.layer, self.names = layer, names
+
+    def __call__(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = dict(zip(self.names, args, strict=False)) | kwargs  # checkpoints give some by place
+        shared: Mapping[str, Any] = given.get("cross_attention_kwargs") or {}
+        if (every := shared.get("keys_values")) is not None:
+            own = every[2 * self.layer : 2 * self.layer + 2]
+            given["cross_attention_kwargs"] = {**shared, "keys_values": own}
+        return (), given
 
 
 def keys_values(layers: Layers, hidden: Tensor) -> tuple[Tensor, ...]:
@@ -81,7 +106,3 @@ def group_rows(rows: np.ndarray) -> np.ndarray:
     changes = np.flatnonzero(np.diff(rows)) + 1
     length = int(np.gcd.reduce(np.append(changes, len(rows))))
     return rows[::length]
-
-
-def _pair(keys_values: Sequence[Tensor], layer: int) -> Sequence[Tensor]:
-    return keys_values[2 * layer : 2 * layer + 2]

@@ -18,10 +18,13 @@ from texforce_ray.artifacts.location import locate_model
 from texforce_ray.config import Config
 from texforce_ray.diffusion.process import Process
 from texforce_ray.errors import ConfigError
+from texforce_ray.model.compiling import compile_regions
 from texforce_ray.model.conditioning import PLAIN, Conditioning, Drawing, Prepared, Tokens
+from texforce_ray.model.drawing import check_drawing
 from texforce_ray.model.frozen import load_denoiser, merge_adapter
 from texforce_ray.model.loading import load_pipeline
 
+_VAE_BLOCKS = ("ResnetBlock2D", "Attention", "GroupNorm")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -48,56 +51,26 @@ class Backbone(ABC):
         self._tokenizers = [getattr(pipe, name) for name in family.tokenizers]
         self.denoiser.to(memory_format=torch.channels_last)
         self.vae.to(memory_format=torch.channels_last)
-        self._check_drawing()
-
-    def _check_drawing(self) -> None:
-        d, scale = self.drawing, self.pipe.vae_scale_factor * self.latent_multiple
-        for name in ("height", "width"):
-            if (value := getattr(d, name)) is not None and value % scale:
-                raise ConfigError(
-                    f"diffusion.{name}: {value} is not a multiple of {scale}, the size of a "
-                    f"{'latent' if self.latent_multiple == 1 else 'patch of the denoiser'}"
-                )
-        if d.max_sequence_length is not None and d.max_sequence_length > self.longest:
-            raise ConfigError(
-                f"diffusion.max_sequence_length: {d.max_sequence_length}; a {self.family.pipeline} "
-                f"takes at most {self.longest}"
-            )
-        if d.park_encoders and not self.parks:
-            raise ConfigError(
-                f"model.park_encoders: a {self.family.pipeline} has text encoders too small to be "
-                "worth it; leave it false"
-            )
-        if d.max_sequence_length is not None and not self.family.lengths:
-            raise ConfigError(
-                f"diffusion.max_sequence_length: {d.max_sequence_length}, but the text encoders of "
-                f"a {self.family.pipeline} have a length of their own; leave it null"
-            )
-        for name in set(self.ignored) & {k for k, v in vars(d).items() if v is not None}:
-            raise ConfigError(
-                f"diffusion.{name}: has no effect on a {self.family.pipeline}; leave it null"
-            )
-        named = zip(self.family.encoders.values(), self.text_encoders, strict=True)
-        clip = [e.config.num_hidden_layers for kind, e in named if kind.startswith("CLIP")]
-        if d.clip_skip is None or not clip:
-            return
-        layers = min(clip)
-        most = layers - 1 - (len(self.text_encoders) > 1)  # SDXL skips one anyway
-        if d.clip_skip > most:
-            raise ConfigError(
-                f"diffusion.clip_skip: {d.clip_skip} leaves no layer of a text encoder that "
-                f"has {layers}; use at most {most}"
-            )
+        check_drawing(self)
 
     def compile(self, **options: Any) -> None:
-        """torch.compile the denoiser, with torch's options; shapes depend on batch sizes alone."""
-        # With and without gradient, with and without adapter, a few batch sizes: beyond the limit
-        # (8), torch would silently run uncompiled. Later versions than 2.6 call it recompile_limit.
-        torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
-        blocks = [block for name in self.blocks for block in getattr(self.denoiser, name)]
-        for region in blocks or [self.denoiser]:
-            region.compile(dynamic=False, **options)
+        """torch.compile denoiser and VAE decoder by their blocks, with torch's options."""
+        compile_regions(self.denoiser, self.blocks, **options)
+        compile_regions(self.vae.decoder, _VAE_BLOCKS, **options)
         self.compiled = True
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Run uncompiled within: for batches of a size that would be compiled for them alone."""
+        if not self.compiled:
+            yield
+            return
+        self.compiled = False
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            self.compiled = True
 
     @property
     def text_encoder(self) -> Any:
@@ -157,7 +130,8 @@ class Backbone(ABC):
     ignored: tuple[str, ...] = ()
     # Whether text encoders that are not trained can be parked.
     parks: bool = False
-    blocks: tuple[str, ...] = ()  # the denoiser's lists of like blocks: each kind is compiled once
+    # Classes of the denoiser's blocks, each of which is compiled once; none: it is one block.
+    blocks: tuple[str, ...] = ()
     # The largest `max_sequence_length` that the stock pipeline takes.
     longest: float = float("inf")
 
@@ -251,10 +225,10 @@ class Backbone(ABC):
         return latents / self.vae.config.scaling_factor
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Latents [B, C, h, w] to images, uint8 [B, H, W, 3]."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] to images, uint8 [B, H, W, 3], on the device."""
         pixels = self.decode_pixels(latents).mul(255).round().to(torch.uint8)
-        return pixels.permute(0, 2, 3, 1).cpu().numpy()
+        return pixels.permute(0, 2, 3, 1).contiguous()
 
 
 def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:

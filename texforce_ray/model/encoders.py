@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from texforce_ray.model.transfer import to_device
+
 # Of token ids [B, L]: each output has one row for each prompt.
 Encode = Callable[[Any, Tensor], Sequence[Tensor]]
 
@@ -37,7 +39,7 @@ class TextEncoder:
         """The outputs for ids [B, L], with gradient if it is trained."""
         if self.trained:
             self.module.to(self.device)
-            return self.encode(self.module, ids.to(self.device))
+            return self.encode(self.module, to_device(ids, self.device))
         if not self.capacity:
             self.module.to(self.device)
             outputs = self._run(ids)

@@ -60,7 +60,7 @@ def sample_flops(backbone: Backbone, steps: int, guidance_scale: float) -> int:
     """
     passes = steps * backbone.passes(guidance_scale)
     x, timestep, given = _one(backbone)
-    with torch.no_grad():
+    with torch.no_grad(), backbone.eager():
         prepared, rows = backbone.prepare(given), np.zeros(1, dtype=np.int64)
         unet = count_flops(lambda: backbone.predict_prepared(x, timestep, prepared, rows))
         return passes * unet + count_flops(lambda: backbone.decode(x))
@@ -88,7 +88,7 @@ def pass_flops(backbone: Backbone, *, decoder: bool = False) -> PassFlops:
     The decoder's backward pass takes a lot of memory; only direct backpropagation makes it.
     """
     x, timestep, given = _one(backbone)
-    with torch.enable_grad():
+    with torch.enable_grad(), backbone.eager():
         prepared = backbone.prepare(given)
         leaf = prepared.map(lambda t: t.detach().requires_grad_(t.is_floating_point()))
         rows = np.zeros(1, dtype=np.int64)

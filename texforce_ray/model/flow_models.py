@@ -25,7 +25,7 @@ from texforce_ray.errors import ConfigError
 from texforce_ray.model.backbone import Backbone
 from texforce_ray.model.conditioning import PLAIN, Conditioning, Drawing, Prepared
 from texforce_ray.model.encoders import TextEncoder
-from texforce_ray.model.padding import pad_batch
+from texforce_ray.model.transfer import to_device
 
 
 class FlowTransformer(Backbone):
@@ -90,11 +90,8 @@ class FlowTransformer(Backbone):
         self, x: Tensor, timesteps: Tensor, prepared: Prepared, rows: np.ndarray
     ) -> Tensor:
         """`predict`, where row b has prompt `rows[b]` (int64 [B]) of the prepared ones."""
-        count = len(rows)
-        if self.compiled:
-            x, timesteps, rows = pad_batch(x, timesteps, rows)
-        index = torch.from_numpy(rows).to(self.device)
-        return self._velocity(x.to(self.dtype), timesteps, prepared.rows(index, self.dtype))[:count]
+        index = to_device(rows, self.device)
+        return self._velocity(x.to(self.dtype), timesteps, prepared.rows(index, self.dtype))
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
@@ -109,7 +106,7 @@ class StableDiffusion3(FlowTransformer):
         return int(network["sample_size"])
 
     max_shift = 1.16
-    blocks = ("transformer_blocks",)
+    blocks = ("JointTransformerBlock",)
     longest = 512
 
     @staticmethod
@@ -152,7 +149,7 @@ class Flux(FlowTransformer):
     """FLUX.1: CLIP's pooled embedding, T5's tokens, packed latents, guidance as an input."""
 
     ignored = ("clip_skip", "negative_prompt")
-    blocks = ("transformer_blocks", "single_transformer_blocks")
+    blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     longest = 512
 
     def __init__(

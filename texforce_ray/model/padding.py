@@ -13,11 +13,13 @@ def padded(count: int) -> int:
     return -(-count // step) * step
 
 
-def pad_batch(x: Tensor, timesteps: Tensor, rows: np.ndarray) -> tuple[Tensor, Tensor, np.ndarray]:
-    """A batch with its last row repeated up to `padded` rows: masking leaves any size."""
-    more = padded(len(rows)) - len(rows)
+def pad_batch(
+    step: Tensor, x: Tensor, rows: np.ndarray, least: int
+) -> tuple[Tensor, Tensor, np.ndarray]:
+    """A batch with its last row repeated up to `padded` rows, and at least up to `least`."""
+    more = max(padded(len(rows)), least) - len(rows)
     return (
+        torch.cat([step, step[-1:].expand(more)]),
         torch.cat([x, x[-1:].expand(more, *x.shape[1:])]),
-        torch.cat([timesteps, timesteps[-1:].expand(more)]),
         np.concatenate([rows, np.repeat(rows[-1:], more)]),
     )

@@ -16,11 +16,13 @@ from texforce_ray.diffusion.process import Process
 from texforce_ray.model import attention
 from texforce_ray.model.backbone import Backbone
 from texforce_ray.model.conditioning import PLAIN, Conditioning, Drawing, Prepared
-from texforce_ray.model.padding import pad_batch
+from texforce_ray.model.transfer import to_device
 
 
 class StableDiffusion(Backbone):
     """Stable Diffusion 1.x, 2.x and SD-Turbo: one CLIP text encoder."""
+
+    blocks = ("ResnetBlock2D", "BasicTransformerBlock", "GroupNorm")
 
     def __init__(
         self, pipe: Any, family: Family, device: torch.device, drawing: Drawing = PLAIN
@@ -42,7 +44,7 @@ class StableDiffusion(Backbone):
         return Ddim.of(self.scheduler, steps, eta).to(self.device)
 
     def _encode(self, ids: Sequence[Tensor], clip_skip: int | None) -> Conditioning:
-        encoder, tokens = self.text_encoder, ids[0].to(self.device)
+        encoder, tokens = self.text_encoder, to_device(ids[0], self.device)
         if clip_skip is None:
             hidden = encoder(tokens, attention_mask=None)[0]
         else:
@@ -71,17 +73,16 @@ class StableDiffusion(Backbone):
     ) -> Tensor:
         """`predict`, where row b has prompt `rows[b]` (int64 [B]) of the prepared ones."""
         pooled, time_ids, shared = prepared.pooled, prepared.time_ids, prepared.context
-        folded, count = attention.group_rows(rows), len(rows)
+        folded = attention.group_rows(rows)
         if self.compiled:
-            x, timesteps, rows = pad_batch(x, timesteps, rows)
             # The number and order of prompts changes from batch to batch. Selecting them here
             # makes all shapes depend only on the batch size, so that nothing is recompiled.
-            chosen = torch.from_numpy(rows).to(self.device)
+            chosen = to_device(rows, self.device)
             shared = tuple(t.index_select(0, chosen).to(self.dtype) for t in shared)
             folded = np.arange(len(rows))
-        groups = torch.from_numpy(folded).to(self.device)
+        groups = to_device(folded, self.device)
         if pooled is not None and time_ids is not None:
-            index = torch.from_numpy(rows).to(self.device)
+            index = to_device(rows, self.device)
             # Cast after selecting, like keys and values: see `attention`.
             pooled = pooled.index_select(0, index).to(self.dtype)
             time_ids = time_ids.index_select(0, index).to(self.dtype)
@@ -91,7 +92,7 @@ class StableDiffusion(Backbone):
             encoder_hidden_states=shared[0],  # only signals that there are prompts
             cross_attention_kwargs={"keys_values": shared, "groups": groups},
             added_cond_kwargs=self._added(pooled, time_ids),
-        ).sample[:count]
+        ).sample
 
     def _added(self, pooled: Tensor | None, time_ids: Tensor | None) -> dict[str, Tensor] | None:
         """Inputs of the U-Net besides the prompt's tokens."""
@@ -116,7 +117,7 @@ class StableDiffusionXl(StableDiffusion):
     def _encode(self, ids: Sequence[Tensor], clip_skip: int | None) -> Conditioning:
         hidden, pooled = [], None
         for encoder, part in zip(self.text_encoders, ids, strict=True):
-            output = encoder(part.to(self.device), output_hidden_states=True)
+            output = encoder(to_device(part, self.device), output_hidden_states=True)
             hidden.append(output.hidden_states[-((clip_skip or 0) + 2)].to(self.dtype))
             pooled = output[0]
         assert pooled is not None  # the second encoder's projection

@@ -11,6 +11,7 @@ from torch import Tensor
 from texforce_ray.artifacts.snapshot import PolicySnapshot
 from texforce_ray.config import AwmObjective, Config
 from texforce_ray.model.backbone import Backbone
+from texforce_ray.model.transfer import to_device
 from texforce_ray.rl import ppo
 from texforce_ray.rl.forward_learner import ForwardLearner, Noised, PairLoss
 from texforce_ray.rl.sharding import UpdateBatch
@@ -51,9 +52,13 @@ class AwmLearner(ForwardLearner):
                 found = noised.error(output)
                 if not errors.numel():
                     errors = found.new_zeros(count, self.levels)
-                sample, place = map(torch.from_numpy, (noised.pairs.sample, noised.place))
-                errors[sample, place] = found
+                errors[self._places(noised)] = found
         return errors
+
+    def _places(self, noised: Noised) -> tuple[Tensor, Tensor]:
+        """Indices of pairs into errors [n, K]."""
+        device = self.backbone.device
+        return to_device(noised.pairs.sample, device), to_device(noised.place, device)
 
     def shard_gradient(
         self, batch: UpdateBatch, kept: np.ndarray, valid: int
@@ -76,8 +81,8 @@ class AwmLearner(ForwardLearner):
 
         def loss(noised: Noised, output: Tensor) -> Tensor:
             sample = noised.pairs.sample
-            advantage = torch.from_numpy(batch.advantages[sample + batch.first]).float().to(device)
-            old = before[torch.from_numpy(sample), torch.from_numpy(noised.place)]
+            advantage = to_device(batch.advantages[sample + batch.first], device).float()
+            old = before[self._places(noised)]
             new = noised.error(output)
             result = ppo.clipped_loss(-new, -old, advantage, objective.clip_range)
             self._seen += torch.stack([result.ratio.sum(), result.clipped.sum()])

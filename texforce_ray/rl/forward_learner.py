@@ -26,6 +26,7 @@ from texforce_ray.errors import ConfigError
 from texforce_ray.model.backbone import Backbone
 from texforce_ray.model.conditioning import Conditioning, Prepared
 from texforce_ray.model.flops import PassFlops
+from texforce_ray.model.transfer import to_device
 from texforce_ray.rl.learner import PROBED, Learner
 from texforce_ray.rl.likelihood import Likelihood, Pairs
 from texforce_ray.rl.precision import loss_scale
@@ -154,7 +155,8 @@ class ForwardLearner(Learner):
 
         def embedding_loss(conditioning: Conditioning, prompt: np.ndarray) -> Tensor:
             assert reference is not None
-            away = _embedding_distance(conditioning, reference[0])[torch.from_numpy(prompt)].sum()
+            index = to_device(prompt, self.backbone.device)
+            away = _embedding_distance(conditioning, reference[0])[index].sum()
             row[3] += away.detach()
             return self.embedding_weight * away / valid
 
@@ -183,7 +185,7 @@ class ForwardLearner(Learner):
         rows, local = np.unique(pairs.sample, return_inverse=True)
         conditioning, prompt = self.likelihood.encode(batch.trajectory, rows)
         prepared = self.likelihood.denoiser.prepare(conditioning)
-        for chunk in pairs.chunks(self.microbatch_size):
+        for chunk in self.likelihood.chunks(pairs, self.microbatch_size):
             noised = self._noised(batch, pairs[chunk], levels, noise)
             where = prompt[local[chunk]]
             yield noised, self.likelihood.denoiser.output(noised.step, noised.x, prepared, where)
@@ -230,11 +232,11 @@ class ForwardLearner(Learner):
         device, process = self.backbone.device, self.process
         own = levels[part.sample + batch.first]
         place = (own == part.step[:, None]).argmax(axis=1)
-        step = torch.from_numpy(part.step).to(device)
+        step = to_device(part.step, device)
         last = np.full(len(part), len(process))
-        clean = torch.from_numpy(batch.trajectory.latents_at(part.sample, last)).to(device).float()
+        clean = to_device(batch.trajectory.latents_at(part.sample, last), device).float()
         drawn = [noise[sample][k] for sample, k in zip(part.sample, place, strict=True)]
-        added = torch.stack(drawn).to(device)
+        added = to_device(torch.stack(drawn), device)
         x, target = process.forward(step, clean, added), process.target(step, clean, added)
         return Noised(part, place, step, clean, x, target)
 

@@ -214,7 +214,8 @@ class Learner(ExactState, Sharding):
         self.checked = True
         self.microbatch_size = 1  # float32 takes twice the planned memory
         try:
-            own, beside = compare(self.backbone, probe, self._scaled)
+            with self.backbone.eager():  # no training has batches of this size
+                own, beside = compare(self.backbone, probe, self._scaled)
         finally:
             self.microbatch_size = self.config.learner.microbatch_size
         # The worst of all learners.

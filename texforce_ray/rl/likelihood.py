@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from texforce_ray.diffusion.denoiser import Denoiser
 from texforce_ray.diffusion.trajectory import Trajectory
 from texforce_ray.model.conditioning import Conditioning, Prepared
+from texforce_ray.model.transfer import arrived, to_device, to_host
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,10 @@ class Pairs:
     def __getitem__(self, index: slice) -> Pairs:
         return Pairs(self.sample[index], self.step[index])
 
-    def chunks(self, size: int) -> Iterator[slice]:
-        """Consecutive parts of at most `size` pairs; only whole samples, if one fits.
-
-        Pairs of one sample share a prompt, which makes attention cheaper: see `model.attention`.
-        """
-        size = max(size - size % self.per_sample, min(size, self.per_sample))
+    def chunks(self, size: int, *, whole: bool = True) -> Iterator[slice]:
+        """Consecutive parts of at most `size` pairs; `whole`: of whole samples, if one fits."""
+        if whole:
+            size = max(size - size % self.per_sample, min(size, self.per_sample))
         for first in range(0, len(self), size):
             yield slice(first, min(first + size, len(self)))
 
@@ -51,11 +50,20 @@ class Likelihood:
     """Means and log-probabilities of denoising steps under the current weights."""
 
     def __init__(self, denoiser: Denoiser, microbatch_size: int) -> None:
-        self.denoiser, self.microbatch_size = denoiser, microbatch_size
+        self.denoiser = replace(denoiser, least=microbatch_size)
+        self.microbatch_size = microbatch_size
 
     def encode(self, trajectory: Trajectory, rows: np.ndarray) -> tuple[Conditioning, np.ndarray]:
         """Distinct prompts of samples `rows`, with gradient, and each sample's index into them."""
         return self.denoiser.encode(tuple(torch.from_numpy(p[rows]) for p in trajectory.prompt_ids))
+
+    def chunks(self, pairs: Pairs, size: int) -> Iterator[slice]:
+        """Microbatches: parts of at most `size` pairs.
+
+        Pairs of one sample share a prompt, which makes attention cheaper (`model.attention`), but
+        not in compiled networks, whose batches are all of one size.
+        """
+        return pairs.chunks(size, whole=not self.denoiser.backbone.compiled)
 
     def mean(
         self, trajectory: Trajectory, pairs: Pairs, prepared: Prepared, where: np.ndarray
@@ -64,7 +72,7 @@ class Likelihood:
 
         `where` (int64 [P]) is each pair's index into the prepared prompts.
         """
-        step = torch.from_numpy(pairs.step).to(self.denoiser.device)
+        step = to_device(pairs.step, self.denoiser.device)
         x = self.latents(trajectory, pairs.sample, pairs.step).float()
         return self.denoiser.mean(step, x, prepared, where), step
 
@@ -95,15 +103,17 @@ class Likelihood:
         conditioning, prompt = self.encode(trajectory, rows)
         prepared = self.denoiser.prepare(conditioning)
         parts = []
-        for chunk in pairs.chunks(microbatch_size or self.microbatch_size):
+        for chunk in self.chunks(pairs, microbatch_size or self.microbatch_size):
             part = pairs[chunk]
             mean, step = self.mean(trajectory, part, prepared, prompt[local[chunk]])
             parts.append(self.density(trajectory, part, step, mean))
             if means is not None:
                 places = zip(part.sample.tolist(), part.step.tolist(), strict=True)
-                means |= dict(zip(places, mean.cpu(), strict=True))
+                means |= dict(zip(places, to_host(mean), strict=True))
+        if means is not None:
+            arrived(self.denoiser.device)
         return torch.cat(parts)
 
     def latents(self, trajectory: Trajectory, sample: np.ndarray, step: np.ndarray) -> Tensor:
         """The stored latents before each (sample, step), on the device."""
-        return torch.from_numpy(trajectory.latents_at(sample, step)).to(self.denoiser.device)
+        return to_device(trajectory.latents_at(sample, step), self.denoiser.device)

@@ -16,6 +16,7 @@ from torch import Tensor
 from texforce_ray.artifacts.snapshot import Learned, PolicySnapshot, Tensors
 from texforce_ray.config import Config, NftObjective
 from texforce_ray.model.backbone import Backbone
+from texforce_ray.model.transfer import arrived, to_device, to_host
 from texforce_ray.rl.forward import nft_loss, nft_probability, old_decay
 from texforce_ray.rl.forward_learner import ForwardLearner, Noised, PairLoss
 from texforce_ray.rl.sharding import UpdateBatch
@@ -87,8 +88,8 @@ class NftLearner(ForwardLearner):
         def loss(noised: Noised, output: Tensor) -> Tensor:
             step, x, sample = noised.step, noised.x, noised.pairs.sample
             places = zip(sample.tolist(), noised.place.tolist(), strict=True)
-            before = torch.stack([old[place] for place in places]).to(device)
-            probability = torch.from_numpy(good[sample + batch.first]).float().to(device)
+            before = to_device(torch.stack([old[place] for place in places]), device)
+            probability = to_device(good[sample + batch.first], device).float()
             return nft_loss(
                 process.x0(step, x, output),
                 process.x0(step, x, before),
@@ -109,5 +110,6 @@ class NftLearner(ForwardLearner):
         with self._weights(self._old):
             for noised, output in self.outputs(batch, kept):
                 pairs = zip(noised.pairs.sample.tolist(), noised.place.tolist(), strict=True)
-                found |= dict(zip(pairs, output.cpu(), strict=True))
+                found |= dict(zip(pairs, to_host(output), strict=True))
+        arrived(self.backbone.device)
         return found

@@ -13,6 +13,7 @@ from texforce_ray.config import PpoObjective
 from texforce_ray.diffusion.denoiser import draw_noise
 from texforce_ray.diffusion.process import Process, per_sample
 from texforce_ray.diffusion.trajectory import Trajectory
+from texforce_ray.model.transfer import to_device
 from texforce_ray.rl import ppo
 from texforce_ray.rl.likelihood import Likelihood, Pairs
 
@@ -43,7 +44,7 @@ class Anchor:
         device = likelihood.denoiser.device
         if self.means:
             found = zip(part.sample.tolist(), part.step.tolist(), strict=True)
-            return torch.stack([self.means[pair] for pair in found]).to(device)
+            return to_device(torch.stack([self.means[pair] for pair in found]), device)
         return sampled_means(likelihood, trajectory, part)
 
 
@@ -56,7 +57,7 @@ def sampled_means(likelihood: Likelihood, trajectory: Trajectory, part: Pairs) -
     rows, local = np.unique(part.sample, return_inverse=True)
     _, drawn = draw_noise(denoiser.backbone, trajectory.seeds[rows], process)
     noise = torch.stack([drawn[step][i] for step, i in zip(part.step.tolist(), local, strict=True)])
-    step = torch.from_numpy(part.step).to(denoiser.device)
+    step = to_device(part.step, denoiser.device)
     following = likelihood.latents(trajectory, part.sample, part.step + 1).float()
     return following - per_sample(process.sigma, step, following) * noise
 

@@ -20,6 +20,7 @@ from texforce_ray.errors import NumericsError
 from texforce_ray.model.backbone import Backbone
 from texforce_ray.model.conditioning import Prepared
 from texforce_ray.model.flops import PassFlops
+from texforce_ray.model.transfer import to_device
 from texforce_ray.rl import ppo
 from texforce_ray.rl.learner import Learner
 from texforce_ray.rl.likelihood import Likelihood, Pairs
@@ -248,7 +249,7 @@ class PpoLearner(Learner):
         def loss(part: Pairs, prepared: Prepared, where: np.ndarray) -> Tensor:
             mean, step = self.likelihood.mean(trajectory, part, prepared, where)
             log_prob = self.likelihood.density(trajectory, part, step, mean)
-            anchored = anchor.log_probs[part.sample, part.step].to(self.backbone.device)
+            anchored = to_device(anchor.log_probs[part.sample, part.step], self.backbone.device)
             result = self._surrogate(batch, part, step, mean, log_prob, anchored, anchor, plain)
             total, kl = result.loss.sum(), None
             if reference is not None:
@@ -281,12 +282,12 @@ class PpoLearner(Learner):
         plain: bool,
     ) -> ppo.PpoLoss:
         objective, device = self.config.ppo, self.backbone.device
-        advantage = torch.from_numpy(batch.advantages[part.sample + batch.first]).float().to(device)
+        advantage = to_device(batch.advantages[part.sample + batch.first], device).float()
         if plain:
             return ppo.clipped_loss(log_prob, anchored, advantage, math.inf)
-        weight = (
-            anchor.weight[part.sample, part.step].to(device) if self.config.uses_decoupled else None
-        )
+        weight = None
+        if self.config.uses_decoupled:
+            weight = to_device(anchor.weight[part.sample, part.step], device)
         if (level := self.level) is not None:
             weight = level[step] * (1.0 if weight is None else weight)
         divergence = None

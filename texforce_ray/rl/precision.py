@@ -112,17 +112,14 @@ def in_float32(backbone: Backbone) -> Iterator[None]:
         if tensor.dtype in (torch.float16, torch.bfloat16)
     ]
     dtypes = [tensor.dtype for tensor in tensors]
-    compiled = backbone.denoiser._compiled_call_impl
-    backbone.denoiser._compiled_call_impl = None
     try:
-        with backbone.same_noise(), _no_tf32():
+        with backbone.same_noise(), _no_tf32(), backbone.eager():
             for tensor in tensors:
                 tensor.data = tensor.data.float()
             yield
     finally:
         for tensor, dtype in zip(tensors, dtypes, strict=True):
             tensor.data = tensor.data.to(dtype)
-        backbone.denoiser._compiled_call_impl = compiled
 
 
 def probed_in_float32(backbone: Backbone, probe: Callable[[], list[Tensor]]) -> list[Tensor] | None:

@@ -48,7 +48,7 @@ def gradient_of(
         leaf = prepared.map(lambda t: t.detach().float().requires_grad_(t.requires_grad))
         for parameter in parameters:
             parameter.grad = None
-        for chunk in pairs.chunks(microbatch_size):
+        for chunk in likelihood.chunks(pairs, microbatch_size):
             part = pairs[chunk]
             (loss(part, leaf, prompt[local[chunk]]) * scale).backward()
         through = [

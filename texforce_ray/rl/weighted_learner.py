@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from texforce_ray.config import RaftObjective, RwrObjective
+from texforce_ray.model.transfer import to_device
 from texforce_ray.rl.forward import best_weights, exponential_weights
 from texforce_ray.rl.forward_learner import ForwardLearner, Noised, PairLoss
 from texforce_ray.rl.sharding import UpdateBatch
@@ -34,10 +34,10 @@ class WeightedLearner(ForwardLearner):
 
     def pair_loss(self, batch: UpdateBatch, kept: np.ndarray) -> PairLoss:
         del kept
-        weight = torch.from_numpy(self.sample_weights(batch)).float().to(self.backbone.device)
+        weight = self.sample_weights(batch)
 
         def loss(noised: Noised, output: Tensor) -> Tensor:
-            sample = torch.from_numpy(noised.pairs.sample + batch.first)
-            return weight[sample] * noised.error(output)
+            own = to_device(weight[noised.pairs.sample + batch.first], self.backbone.device)
+            return own.float() * noised.error(output)
 
         return loss

@@ -1,0 +1,127 @@
+"""torch.compile by blocks: what is compiled, how often, and that nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.flow_miniatures import build as build_flow
+from tests.unit.learners import ADVANTAGES, batch_of, configured, sample, weights_of
+from texforce_ray.diffusion.sampler import Sampler
+from texforce_ray.model.backbone import Backbone, load_backbone
+from texforce_ray.model.compiling import outermost
+from texforce_ray.model.conditioning import Drawing
+from texforce_ray.model.flops import pass_flops, sample_flops
+from texforce_ray.rl.ppo_learner import PpoLearner
+from texforce_ray.rl.precision import in_float32
+from texforce_ray.rl.sharding import UpdateBatch
+
+pytestmark = pytest.mark.long
+
+VAE_BLOCKS = 9  # of the miniatures: attention, the last norm, and a ResNet block for each shape
+SEEDS = np.arange(4)
+PROMPTS = (["a"] * 4, ["a", "b", "a", "b"], ["a", "b", "c", "d"], ["a", "a", "a", "b"])
+
+
+class Graphs(list[torch.fx.GraphModule]):
+    """A backend that compiles nothing and keeps what it is given."""
+
+    def __call__(self, module: torch.fx.GraphModule, _: Any) -> Any:
+        self.append(module)
+        return module.forward
+
+
+def compiled(backbone: Backbone) -> Graphs:
+    torch._dynamo.reset()
+    graphs = Graphs()
+    backbone.compile(backend=graphs)
+    return graphs
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_unets_blocks_of_a_kind_share_their_code_whatever_the_prompts_are(
+    pipelines: dict[str, Path], family: str
+) -> None:
+    backbone, plain = (load_backbone(str(pipelines[family])) for _ in range(2))
+    graphs = compiled(backbone)
+    sampler, eager = (
+        Sampler(each, steps=2, eta=1.0, guidance_scale=3.0) for each in (backbone, plain)
+    )
+    seen = []
+    for prompts in PROMPTS:
+        images = sampler.sample(prompts, SEEDS, 0)[1]
+        assert np.abs(images.astype(int) - eager.sample(prompts, SEEDS, 0)[1]).max() <= 1
+        seen.append(len(graphs))
+    assert seen == [seen[0]] * len(PROMPTS)
+    # Each cross-attention layer has keys and values of its own, and yet no code of its own.
+    blocks = list(outermost(backbone.denoiser, ("BasicTransformerBlock",)))
+    code = [g for g in graphs if any(n.target == "scaled_dot_product_attention" or
+            "scaled_dot_product" in str(n.target) for n in g.graph.nodes)]  # fmt: skip
+    widths = {block.norm1.normalized_shape for block in blocks}
+    assert len(code) - 1 == len(widths) < len(blocks)  # and the VAE's
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux_dev"])
+def test_each_kind_of_a_transformers_blocks_is_compiled_once(family: str, tmp_path: Path) -> None:
+    """Not the whole transformer, which takes minutes; and not again for each block or prompt."""
+    build_flow(tmp_path, family)
+    drawing = Drawing(height=64, width=64, max_sequence_length=32)
+    backbone, plain = (load_backbone(str(tmp_path), drawing=drawing) for _ in range(2))
+    for each in (backbone, plain):
+        for name, blocks in each.denoiser.named_children():  # more of each kind
+            for _ in range(3 * name.endswith("transformer_blocks")):
+                blocks.insert(0, copy.deepcopy(blocks[0]))
+    # SD3's last block ignores the text. FLUX has blocks of two classes, and one of them is compiled
+    # again for the memory layout of what a block of the other class gives it.
+    kinds, graphs = {"sd3": 2, "flux_dev": 3}[family], compiled(backbone)
+    sampler, eager = (
+        Sampler(each, steps=2, eta=0.8, guidance_scale=1.0) for each in (backbone, plain)
+    )
+    for prompts in PROMPTS:
+        images = sampler.sample(prompts, SEEDS, 0)[1]
+        assert np.array_equal(images, eager.sample(prompts, SEEDS, 0)[1])
+        assert len(graphs) == kinds + VAE_BLOCKS
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_rest_of_a_minibatch_needs_no_code_of_its_own(
+    pipelines: dict[str, Path], checkpointing: bool
+) -> None:
+    """12 pairs in microbatches of 8, then the 9 that a mask leaves: all in batches of 8."""
+    config = configured(learner={"microbatch_size": 8, "gradient_checkpointing": checkpointing})
+    plain = PpoLearner(load_backbone(str(pipelines["sd15"])), config)
+    learner = PpoLearner(load_backbone(str(pipelines["sd15"])), config)
+    graphs = compiled(learner.backbone)
+    three = np.array([True, True, True, False])
+    counts = []
+    for mask in (np.ones(4, dtype=bool), three):
+        trajectory = sample(plain)
+        batch = UpdateBatch(trajectory, np.where(mask, ADVANTAGES, 0.0), mask)
+        metrics = learner.update(batch)
+        expected = plain.update(batch)
+        assert metrics["ppo/trained_pairs"] == expected["ppo/trained_pairs"] == 3 * mask.sum()
+        assert metrics["learner/grad_norm"] == pytest.approx(
+            expected["learner/grad_norm"], rel=1e-3
+        )
+        counts.append(len(graphs))
+    assert counts[0] == counts[1]
+    for key, value in weights_of(plain).items():
+        np.testing.assert_allclose(weights_of(learner)[key], value, atol=1e-5, err_msg=key)
+
+
+def test_what_is_computed_once_is_not_compiled(pipelines: dict[str, Path]) -> None:
+    """Counts of FLOPs and the check in float32 have batches of a size of their own."""
+    learner = PpoLearner(load_backbone(str(pipelines["sd15"])), configured())
+    graphs = compiled(learner.backbone)
+    sample_flops(learner.backbone, 4, 3.0)
+    pass_flops(learner.backbone, decoder=True)
+    with in_float32(learner.backbone):
+        trajectory = sample(learner)
+    assert not graphs
+    learner.update(batch_of(trajectory))
+    assert graphs

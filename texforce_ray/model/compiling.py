@@ -1,0 +1,36 @@
+"""torch.compile by region: each kind of block is compiled once, whatever the network's depth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+# Kinds of block by width, with and without gradient and adapter, a few batch sizes. Beyond the
+# limit (8), torch would silently run the rest uncompiled.
+_MOST_GRAPHS = 256
+
+
+def compile_regions(network: nn.Module, kinds: Sequence[str], **options: Any) -> None:
+    """Compile the outermost modules of these classes, or the whole network if none are named.
+
+    Blocks of a class share their compiled code if their shapes are equal. Shapes must not vary with
+    anything but the batch size. Hooks of the regions stay outside of what is compiled.
+    """
+    config = torch._dynamo.config
+    # Later versions than 2.6 call these recompile_limit and accumulated_recompile_limit.
+    config.cache_size_limit = max(_MOST_GRAPHS, config.cache_size_limit)
+    config.accumulated_cache_size_limit = max(4 * _MOST_GRAPHS, config.accumulated_cache_size_limit)
+    for region in outermost(network, kinds) if kinds else [network]:
+        region.forward = torch.compile(region.forward, dynamic=False, **options)
+
+
+def outermost(network: nn.Module, kinds: Sequence[str]) -> Iterator[nn.Module]:
+    """Modules of these classes, by name, that are in no other of them."""
+    for child in network.children():
+        if type(child).__name__ in kinds:
+            yield child
+        else:
+            yield from outermost(child, kinds)
