@@ -13,6 +13,7 @@ import torch
 from tests.flow_miniatures import build as build_flow
 from tests.unit.learners import ADVANTAGES, batch_of, configured, sample, weights_of
 from texforce_ray.diffusion.sampler import Sampler
+from texforce_ray.errors import ConfigError
 from texforce_ray.model.backbone import Backbone, load_backbone
 from texforce_ray.model.compiling import outermost
 from texforce_ray.model.conditioning import Drawing
@@ -112,6 +113,21 @@ def test_a_rest_of_a_minibatch_needs_no_code_of_its_own(
     assert counts[0] == counts[1]
     for key, value in weights_of(plain).items():
         np.testing.assert_allclose(weights_of(learner)[key], value, atol=1e-5, err_msg=key)
+
+
+def test_a_machine_without_a_compiler_is_named_before_the_first_batch(
+    pipelines: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    backbone = load_backbone(str(pipelines["sd15"]))
+    monkeypatch.delenv("CXX", raising=False)
+    with monkeypatch.context() as empty:
+        empty.setenv("PATH", str(tmp_path))
+        with pytest.raises(ConfigError, match=r"model\.compile: true, .* has no g\+\+ or clang"):
+            backbone.compile()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"no no-such-compiler; .*CXX"):
+        backbone.compile()
+    assert not backbone.compiled
 
 
 def test_what_is_computed_once_is_not_compiled(pipelines: dict[str, Path]) -> None:

@@ -62,8 +62,10 @@ class LearnerConfig(Section):
         description="fixed parts of a minibatch whose gradients are summed in a fixed order, so "
         "that the result is bit-identical on any number of learners",
     )
-    gradient_checkpointing: bool = free(
-        False, "recompute the U-Net's activations instead of keeping them: a third slower"
+    gradient_checkpointing: bool | Literal["auto"] = free(
+        False,
+        "recompute the denoiser's activations instead of keeping them: a third slower; 'auto': if "
+        "otherwise the device's memory holds fewer than 8 pairs",
     )
     colocated: bool = free(
         False,

@@ -195,11 +195,13 @@ class Config(Section):
 
     def sized_like(self, other: Config) -> Config:
         """A copy whose 'auto' sizes are those that another run measured."""
-        sizes = {}
+        sizes: dict[str, Any] = {}
         if not self.rollout.batch_size:
             sizes["rollout.batch_size"] = other.rollout.batch_size
         if not self.learner.microbatch_size:
             sizes["learner.microbatch_size"] = other.learner.microbatch_size
+        if self.learner.gradient_checkpointing == "auto":
+            sizes["learner.gradient_checkpointing"] = other.learner.gradient_checkpointing
         return self.changed(sizes)
 
 

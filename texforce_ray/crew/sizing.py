@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import ray
 from ray.exceptions import RayError
@@ -21,11 +21,15 @@ _KEYS: dict[Role, str] = {"rollout": "rollout.batch_size", "learner": "learner.m
 
 
 def needs_sizes(config: Config) -> bool:
-    return not (config.rollout.batch_size and config.learner.microbatch_size)
+    return not config.rollout.batch_size or _needs_microbatch(config)
+
+
+def _needs_microbatch(config: Config) -> bool:
+    return not config.learner.microbatch_size or config.learner.gradient_checkpointing == "auto"
 
 
 async def with_sizes(config: Config) -> Config:
-    """The config with every 'auto' size replaced by what fits.
+    """The config with every 'auto' of these replaced by what fits.
 
     Sizes affect how results round, so they are found once, here, and stored with the run. Each
     role's size is measured with the resources of its actors.
@@ -35,16 +39,16 @@ async def with_sizes(config: Config) -> Config:
         ActorError: the model could not be loaded there.
     """
     if not config.rollout.batch_size:
-        config = config.changed({"rollout.batch_size": await _found(config, "rollout")})
-    if not config.learner.microbatch_size:
-        config = config.changed({"learner.microbatch_size": await _found(config, "learner")})
+        config = config.changed(await _found(config, "rollout"))
+    if _needs_microbatch(config):
+        config = config.changed(await _found(config, "learner"))
     return config
 
 
-async def _found(config: Config, role: Role) -> int:
+async def _found(config: Config, role: Role) -> dict[str, Any]:
     resources = needs(config, _host(config, role))
     task = (
-        ray.remote(find_size)
+        ray.remote(find_sizes)
         .options(**actor_options(resources), max_retries=0)
         .remote(config, role)
     )
@@ -74,16 +78,18 @@ def _host(config: Config, role: Role) -> RolloutConfig | LearnerConfig:
     return config.rollout if role == "rollout" or shared else config.learner
 
 
-def find_size(config: Config, role: Role) -> int:
-    """`rollout.batch_size` or `learner.microbatch_size` for the device of this process."""
+def find_sizes(config: Config, role: Role) -> dict[str, Any]:
+    """Values of the role's keys for the device of this process."""
     from texforce_ray.actors.rollout import quiet_libraries
     from texforce_ray.model import sizing
     from texforce_ray.model.backbone import load_config_backbone
 
     candidates = sizing.batch_candidates(config)
-    on_cpu = max(n for n in candidates if n <= sizing.CPU_BATCH)
+    on_cpu = _sizes(role, max(n for n in candidates if n <= sizing.CPU_BATCH))
+    asked = config.learner.gradient_checkpointing
     if role == "learner":
-        on_cpu = sizing.CPU_MICROBATCH
+        size = config.learner.microbatch_size or sizing.CPU_MICROBATCH
+        on_cpu = _sizes(role, size, asked is True)
     gpus = _host(config, role).num_gpus
     if config.model.device == "cpu" or (config.model.device == "auto" and not gpus):
         return on_cpu
@@ -97,15 +103,38 @@ def find_size(config: Config, role: Role) -> int:
     room = sizing.budget(device, gpus)
     if role == "rollout":
         work, stored = sampling(backbone, config), stored_bytes(backbone, config)
-        return sizing.largest_that_fits(
-            lambda n: sizing.peak(device, lambda: work(n)) + n * stored, candidates, room
-        )
+        with backbone.eager():  # compiled for each size, it takes minutes, and no more memory
+            return _sizes(
+                role,
+                sizing.largest_that_fits(
+                    lambda n: sizing.peak(device, lambda: work(n)) + n * stored, candidates, room
+                ),
+            )
     reward = None
     if config.direct is not None:
         from texforce_ray.rewards.differentiable import total_of
 
         reward = total_of(config.rewards, device.type)
-    work, most = update(backbone, config, reward)
-    return sizing.largest_that_fits(
-        lambda n: sizing.peak(device, lambda: work(n)), sizing.microbatch_candidates(most), room
-    )
+
+    _, most = update(backbone, config, reward)
+    candidates = [config.learner.microbatch_size]
+    if not config.learner.microbatch_size:
+        candidates = sizing.microbatch_candidates(most)
+
+    def found(recompute: bool) -> int:  # once switched on, it stays so in this process
+        changed = config.changed({"learner.gradient_checkpointing": recompute})
+        work, _ = update(backbone, changed, reward)
+        with backbone.eager():
+            return sizing.largest_that_fits(
+                lambda n: sizing.peak(device, lambda: work(n)), candidates, room
+            )
+
+    if asked != "auto":
+        return _sizes(role, found(asked), asked)
+    return _sizes(role, *sizing.keeping_if_enough(found, min(most, candidates[-1])))
+
+
+def _sizes(role: Role, size: int, recompute: bool = False) -> dict[str, Any]:
+    if role == "rollout":
+        return {_KEYS[role]: size}
+    return {_KEYS[role]: size, "learner.gradient_checkpointing": recompute}

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from texforce_ray.errors import ConfigError
+
 # Kinds of block by width, with and without gradient and adapter, a few batch sizes. Beyond the
 # limit (8), torch would silently run the rest uncompiled.
 _MOST_GRAPHS = 256
+_C_COMPILERS = ("CC", ("gcc", "cc", "clang"))
 
 
 def compile_regions(network: nn.Module, kinds: Sequence[str], **options: Any) -> None:
@@ -19,12 +25,30 @@ def compile_regions(network: nn.Module, kinds: Sequence[str], **options: Any) ->
     Blocks of a class share their compiled code if their shapes are equal. Shapes must not vary with
     anything but the batch size. Hooks of the regions stay outside of what is compiled.
     """
+    if "backend" not in options:
+        _check_compiler(next(network.parameters()).device)
     config = torch._dynamo.config
     # Later versions than 2.6 call these recompile_limit and accumulated_recompile_limit.
     config.cache_size_limit = max(_MOST_GRAPHS, config.cache_size_limit)
     config.accumulated_cache_size_limit = max(4 * _MOST_GRAPHS, config.accumulated_cache_size_limit)
     for region in outermost(network, kinds) if kinds else [network]:
         region.forward = torch.compile(region.forward, dynamic=False, **options)
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Refuse what would otherwise fail in the first batch.
+
+    Raises:
+        ConfigError: there is no compiler on this machine.
+    """
+    # Triton builds its launchers in C, inductor its loops on a CPU in C++.
+    variable, usual = ("CXX", ("g++", "clang++")) if device.type == "cpu" else _C_COMPILERS
+    names = (os.environ[variable],) if os.environ.get(variable) else usual
+    if not any(shutil.which(name) for name in names):
+        raise ConfigError(
+            f"model.compile: true, but {platform.node()} has no {' or '.join(names)}; "
+            f"install a compiler, name one in {variable}, or set model.compile to false"
+        )
 
 
 def outermost(network: nn.Module, kinds: Sequence[str]) -> Iterator[nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -12,6 +13,7 @@ from texforce_ray.errors import ResourceError
 # On a CPU larger batches are not faster: their activations leave the caches.
 CPU_BATCH, CPU_MICROBATCH = 32, 64
 _MOST = 1024
+_ENOUGH = 8  # pairs of a microbatch, for which activations are better kept than computed again
 _SHARE = 0.9  # of a process's part of the memory; the rest is for fragments and other libraries
 
 
@@ -50,6 +52,24 @@ def largest_that_fits(
         if one + slope * (size - least) <= budget and peak_bytes(size) <= budget:
             return size
     return least
+
+
+def keeping_if_enough(found: Callable[[bool], int], most: int) -> tuple[int, bool]:
+    """The size of a microbatch, and whether activations are computed again instead of kept.
+
+    They are kept if enough pairs fit, or all that there can be.
+
+    Args:
+        found: the largest size that fits; given whether activations are computed again.
+        most: the largest useful size.
+
+    Raises:
+        ResourceError: not even one pair fits either way.
+    """
+    with suppress(ResourceError):
+        if (size := found(False)) >= min(_ENOUGH, most):
+            return size, False
+    return found(True), True
 
 
 def budget(device: torch.device, num_gpus: float) -> float:

@@ -77,7 +77,7 @@ class ForwardLearner(Learner):
 
     def __init__(self, backbone: Backbone, config: Config) -> None:
         super().__init__(backbone, config)
-        if config.learner.gradient_checkpointing:
+        if config.learner.gradient_checkpointing is True:
             backbone.denoiser.enable_gradient_checkpointing()
         common = _common(config, self.adapter.parts)
         self.levels = min(common.levels, len(self.process))

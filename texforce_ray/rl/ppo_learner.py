@@ -42,7 +42,7 @@ class PpoLearner(Learner):
         super().__init__(backbone, config)
         whole = self._denoiser.process
         check_trained(whole, candidate_steps(config, whole).tolist())
-        if config.learner.gradient_checkpointing:
+        if config.learner.gradient_checkpointing is True:
             backbone.denoiser.enable_gradient_checkpointing()
 
     @property
