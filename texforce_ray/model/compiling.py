@@ -31,6 +31,7 @@ def compile_regions(network: nn.Module, kinds: Sequence[str], **options: Any) ->
     # Later versions than 2.6 call these recompile_limit and accumulated_recompile_limit.
     config.cache_size_limit = max(_MOST_GRAPHS, config.cache_size_limit)
     config.accumulated_cache_size_limit = max(4 * _MOST_GRAPHS, config.accumulated_cache_size_limit)
+    _share_processors(network)
     for region in outermost(network, kinds) if kinds else [network]:
         region.forward = torch.compile(region.forward, dynamic=False, **options)
 
@@ -49,6 +50,16 @@ def _check_compiler(device: torch.device) -> None:
             f"model.compile: true, but {platform.node()} has no {' or '.join(names)}; "
             f"install a compiler, name one in {variable}, or set model.compile to false"
         )
+
+
+def _share_processors(network: nn.Module) -> None:
+    """Let attention layers have one processor of each kind: by torch 2.6, it must be one object."""
+    shared: dict[Any, Any] = {}
+    for module in network.modules():
+        processor = getattr(module, "processor", None)
+        if processor is not None and not isinstance(processor, nn.Module):
+            state = repr(sorted(vars(processor).items()))
+            module.processor = shared.setdefault((type(processor), state), processor)
 
 
 def outermost(network: nn.Module, kinds: Sequence[str]) -> Iterator[nn.Module]:
