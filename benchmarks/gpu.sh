@@ -31,9 +31,9 @@ step() {  # what is measured last must not be lost with what fails first
 
 if [ "$SIZE" = sd15 ]; then
   nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv | tee "$OUT/device.csv"
-  samples=32 compile=--compile flow=sd35
+  samples=32 compile=--compile flow=sd35 batch=16
 else
-  samples=16 compile= flow=tiny-flow
+  samples=16 compile= flow=tiny-flow batch=4
 fi
 if "$PYTHON" -c "import pytest, pytest_timeout" 2>/dev/null; then
   step "$PYTHON" -m pytest -q tests/gpu
@@ -42,8 +42,12 @@ else
 fi
 step "$PYTHON" benchmarks/truth.py --size "$SIZE" $compile
 step "$PYTHON" benchmarks/released.py --size "$SIZE" --no-ray --samples $samples --rounds 1
+kept=learner.gradient_checkpointing=false
 step "$PYTHON" benchmarks/utilisation.py --size "$SIZE"
-step "$PYTHON" benchmarks/utilisation.py --size "$flow"
+step "$PYTHON" benchmarks/utilisation.py --batches $batch --size "$flow" $kept
+for size in "$SIZE" "$flow"; do
+  step "$PYTHON" benchmarks/utilisation.py --batches $batch --size "$size" --title "$size-compiled" $kept model.compile=true
+done
 step "$PYTHON" benchmarks/numerics.py
 if [ "$OUT" != benchmarks/results ]; then cp benchmarks/results/*.json benchmarks/results/*.md "$OUT"; fi
 echo "results in $OUT"

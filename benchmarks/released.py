@@ -72,6 +72,8 @@ class Plain:
         # As actors set it: TF32's ten bits would make the two ways' gradients differ.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         backbone = load_backbone(config.model.path, dtype=config.model.dtype, device=device)
+        if config.model.compile:  # ours alone
+            backbone.compile()
         self.backbone = backbone
         self.learner = PpoLearner(backbone, config)
         self.released = ReleasedSchedule(self.learner)
@@ -112,12 +114,13 @@ class Plain:
     def baseline(self) -> dict[str, float]:
         """Seconds of each phase of the released schedule."""
         clock = Clock(self.backbone.device)
-        trajectory, images = self.released.sample(self.prompts, self.seeds)
-        clock.stop("rollout")
-        for image, prompt in zip(images, self.prompts, strict=True):
-            self.reward.score(image[None], [prompt], [{}])
-        clock.stop("reward")
-        self.released.update(self._batch([trajectory]))
+        with self.backbone.eager():
+            trajectory, images = self.released.sample(self.prompts, self.seeds)
+            clock.stop("rollout")
+            for image, prompt in zip(images, self.prompts, strict=True):
+                self.reward.score(image[None], [prompt], [{}])
+            clock.stop("reward")
+            self.released.update(self._batch([trajectory]))
         clock.stop("learner")
         self.learner.load(self.state)
         self.memory["released"] = clock.peak_bytes
@@ -125,11 +128,13 @@ class Plain:
 
     def gradient_difference(self) -> float:
         """Largest difference of the first minibatch's gradients, relative to the largest entry."""
-        first, _ = self.released.sample(self.prompts, self.seeds)
+        with self.backbone.eager():
+            first, _ = self.released.sample(self.prompts, self.seeds)
         batch = self._batch([first])
         steps = np.tile(np.array(self.learner.process.trainable[:2]), (len(self.prompts), 1))
         rows = self.learner._minibatches(batch, 0)[0]
-        theirs = self.released.gradient(batch, rows, steps)
+        with self.backbone.eager():
+            theirs = self.released.gradient(batch, rows, steps)
         ours = self._our_gradient(batch, rows, steps)
         largest = max(float(t.abs().max()) for t in theirs)
         pairs = zip(ours, theirs, strict=True)

@@ -90,14 +90,18 @@ def test_each_kind_of_a_transformers_blocks_is_compiled_once(family: str, tmp_pa
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("microbatch_size", "rows"), [(8, 8), (64, 12)])
 def test_a_rest_of_a_minibatch_needs_no_code_of_its_own(
-    pipelines: dict[str, Path], checkpointing: bool
+    pipelines: dict[str, Path], checkpointing: bool, microbatch_size: int, rows: int
 ) -> None:
-    """12 pairs in microbatches of 8, then the 9 that a mask leaves: all in batches of 8."""
-    config = configured(learner={"microbatch_size": 8, "gradient_checkpointing": checkpointing})
+    """12 pairs, then the 9 that a mask leaves: all in batches of 8, or of 12 if they may be 64."""
+    config = configured(
+        learner={"microbatch_size": microbatch_size, "gradient_checkpointing": checkpointing}
+    )
     plain = PpoLearner(load_backbone(str(pipelines["sd15"])), config)
     learner = PpoLearner(load_backbone(str(pipelines["sd15"])), config)
-    graphs = compiled(learner.backbone)
+    graphs, seen = compiled(learner.backbone), set()
+    learner.backbone.denoiser.register_forward_pre_hook(lambda _, given: seen.add(len(given[0])))
     three = np.array([True, True, True, False])
     counts = []
     for mask in (np.ones(4, dtype=bool), three):
@@ -111,6 +115,7 @@ def test_a_rest_of_a_minibatch_needs_no_code_of_its_own(
         )
         counts.append(len(graphs))
     assert counts[0] == counts[1]
+    assert seen == {2 * rows}, "with and without the prompt"
     for key, value in weights_of(plain).items():
         np.testing.assert_allclose(weights_of(learner)[key], value, atol=1e-5, err_msg=key)
 

@@ -28,7 +28,7 @@ from texforce_ray.model.conditioning import Conditioning, Prepared
 from texforce_ray.model.flops import PassFlops
 from texforce_ray.model.transfer import to_device
 from texforce_ray.rl.learner import PROBED, Learner
-from texforce_ray.rl.likelihood import Likelihood, Pairs
+from texforce_ray.rl.likelihood import Pairs
 from texforce_ray.rl.precision import loss_scale
 from texforce_ray.rl.sharding import UpdateBatch
 from texforce_ray.rl.through_encoder import EmbeddingLoss, gradient_of
@@ -83,7 +83,7 @@ class ForwardLearner(Learner):
         self.levels = min(common.levels, len(self.process))
         self.anchor_weight = common.anchor_weight
         self.embedding_weight = common.embedding_anchor_weight
-        self.likelihood = Likelihood(self.denoiser.unguided(), config.learner.microbatch_size)
+        self.likelihood = self._likelihood(self.denoiser.unguided(), self.levels)
 
     @staticmethod
     def kept_latents(

@@ -26,6 +26,7 @@ from texforce_ray.model.flops import PassFlops
 from texforce_ray.rl.adapters import adapter_shapes, learning_rate_factor, peak_rate
 from texforce_ray.rl.exact_state import ExactState
 from texforce_ray.rl.group import SoloGroup
+from texforce_ray.rl.likelihood import Likelihood
 from texforce_ray.rl.precision import compare
 from texforce_ray.rl.sharding import Sharding, UpdateBatch
 
@@ -83,6 +84,12 @@ class Learner(ExactState, Sharding):
             process = process_at(self.config, self._denoiser.process, self.version)
             self._process_at = {self.version: process}
         return self._process_at[self.version]
+
+    def _likelihood(self, denoiser: Denoiser, per_sample: int) -> Likelihood:
+        """Of microbatches; `per_sample`: pairs that are trained of each sample."""
+        config = self.config
+        shard = config.minibatch_size // config.learner.gradient_shards
+        return Likelihood(denoiser, config.learner.microbatch_size, shard * per_sample)
 
     # ---- what an objective defines --------------------------------------------------------
 

@@ -49,8 +49,9 @@ class Pairs:
 class Likelihood:
     """Means and log-probabilities of denoising steps under the current weights."""
 
-    def __init__(self, denoiser: Denoiser, microbatch_size: int) -> None:
-        self.denoiser = replace(denoiser, least=microbatch_size)
+    def __init__(self, denoiser: Denoiser, microbatch_size: int, most: int | None = None) -> None:
+        """`most`: pairs of a whole minibatch, if known: compiled batches need not be larger."""
+        self.denoiser = replace(denoiser, least=min(microbatch_size, most or microbatch_size))
         self.microbatch_size = microbatch_size
 
     def encode(self, trajectory: Trajectory, rows: np.ndarray) -> tuple[Conditioning, np.ndarray]:

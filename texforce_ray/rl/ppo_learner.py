@@ -48,7 +48,7 @@ class PpoLearner(Learner):
     @property
     def likelihood(self) -> Likelihood:
         """Of the current iteration's steps."""
-        return Likelihood(self.denoiser, self.config.learner.microbatch_size)
+        return self._likelihood(self.denoiser, self.config.trained_timesteps)
 
     @property
     def level(self) -> Tensor | None:
