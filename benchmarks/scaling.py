@@ -1,6 +1,6 @@
 """How much of R rollout actors' time does the system use, and what does it cost the driver?
 
-    python benchmarks/scaling.py [--most 64] [--nodes 1 2 4] [--add]
+    python benchmarks/scaling.py [--most 64] [--nodes 1 2 4] [--add] [--unit-seconds 2]
 
 The real driver, pools and object store, with actors that sleep for the GPU's time and pass arrays
 of Stable Diffusion 1.5's sizes (texforce_ray.testing.stand_ins): R = 1, 2, 4, ... actors on one
@@ -196,14 +196,15 @@ def cluster(nodes: int, rollouts: int) -> Iterator[None]:
         started.shutdown()
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(rows: list[dict[str, Any]], unit_seconds: float = UNIT_S) -> dict[str, Any]:
     """All rows, with the efficiency against one actor, and the driver's cost of a unit."""
     rows = sorted(rows, key=lambda r: (-r["staleness"], r["nodes"], r["rollouts"]))
     ones = {r["staleness"]: r["samples_per_second"] for r in rows if r["rollouts"] == 1}
     for row in rows:
         one = ones.get(row["staleness"])
         row["efficiency"] = row["samples_per_second"] / (row["rollouts"] * one) if one else None
-    result: dict[str, Any] = {"unit_seconds": UNIT_S, "update_seconds": UPDATE_S, "runs": rows}
+    result: dict[str, Any] = {"unit_seconds": unit_seconds, "update_seconds": UPDATE_S}
+    result["runs"] = rows
     many = [r for r in rows if r["staleness"] == 1 and r["nodes"] == 1]
     if len(many) > 1:  # an iteration's fixed cost and that of each unit
         for name in ("driver", "main_thread"):
@@ -259,6 +260,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--spread", type=int, default=16, help="actors over those nodes")
     parser.add_argument("--iterations", type=int, default=5)
+    parser.add_argument("--unit-seconds", type=float, default=UNIT_S, help="of sleeping")
     parser.add_argument("--add", action="store_true", help="to the results that are there")
     options = parser.parse_args()
     path = RESULTS / "scaling.json"
@@ -267,9 +269,14 @@ def main() -> None:
 
     def run(counts: Sequence[int], staleness: int) -> None:
         for rollouts in counts:
-            row = measure(rollouts, staleness=staleness, iterations=options.iterations)
+            row = measure(
+                rollouts,
+                staleness=staleness,
+                iterations=options.iterations,
+                unit_seconds=options.unit_seconds,
+            )
             rows[staleness, row["nodes"], rollouts] = row
-            result = summary(list(rows.values()))
+            result = summary(list(rows.values()), options.unit_seconds)
             RESULTS.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result, indent=2) + "\n")
             (RESULTS / "scaling.md").write_text("\n".join(table(result)) + "\n")
@@ -286,7 +293,7 @@ def main() -> None:
         if nodes > 1 or options.spread not in pipelined:
             with cluster(nodes, -(-options.spread // nodes)):
                 run([options.spread], 1)
-    result = summary(list(rows.values()))
+    result = summary(list(rows.values()), options.unit_seconds)
     print("\n".join(table(result)))
     print(json.dumps(result))
 

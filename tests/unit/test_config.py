@@ -151,6 +151,14 @@ def test_wrong_value_names_key_and_value(override: str, shown: str) -> None:
         ),
         (["diffusion.eta=0"], ["diffusion.eta: 0", "PPO has no likelihood", "nft, awm"]),
         (
+            ["rollout.dtype=bfloat16"],
+            ["rollout.dtype: bfloat16 with model.dtype float32", "'ppo' computes", "nft, awm"],
+        ),
+        (
+            ["rollout.dtype=bfloat16", "objective.kind=nft", "learner.colocated=true"],
+            ["rollout.dtype: bfloat16 with learner.colocated", "one set of weights"],
+        ),
+        (
             [
                 "objective.kind=nft", "objective.embedding_anchor_weight=0.1",
                 "lora.text_encoder=null", "lora.denoiser={}",

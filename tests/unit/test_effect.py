@@ -73,7 +73,7 @@ def test_an_actor_that_holds_the_policy_measures_what_the_learner_did(
     info = _sampled(RolloutActor(config), snapshot)
     assert info.effect == effect
     assert effect.change + effect.denoiser > 0.001
-    check_effect(info, effect, 1, "float32")
+    check_effect(info, effect, 1, ["float32"])
 
 
 @pytest.mark.long
@@ -85,7 +85,7 @@ def test_an_actor_that_never_got_the_policy_is_named(randomize: Randomize) -> No
             """The adapter never reaches it."""
 
     with pytest.raises(EffectError, match=r"cpu, pid \d+ on .* version 1: .*digest 0, .*learner"):
-        check_effect(_sampled(Deaf(_config()), snapshot), effect, 1, "float32")
+        check_effect(_sampled(Deaf(_config()), snapshot), effect, 1, ["float32"])
 
 
 def test_an_actor_that_keeps_an_older_policy_is_named(randomize: Randomize) -> None:
@@ -95,7 +95,7 @@ def test_an_actor_that_keeps_an_older_policy_is_named(randomize: Randomize) -> N
     randomize(learner.learner.adapter, seed=4, scale=0.1)
     updated, _ = learner._published(Updated({}))
     with pytest.raises(EffectError, match="does not hold the adapter of policy version 2"):
-        check_effect(_sampled(actor, old), updated.effect, 2, "float32")
+        check_effect(_sampled(actor, old), updated.effect, 2, ["float32"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -118,7 +118,7 @@ def test_an_adapter_that_is_bound_to_no_layer_there_is_found(
         EffectError,
         match=r"its effect differs: .* prompt's embedding is 0, at the",
     ):
-        check_effect(info, effect, 1, dtype)  # type: ignore[arg-type]
+        check_effect(info, effect, 1, [dtype])  # type: ignore[arg-type]
 
 
 @pytest.mark.long
@@ -134,10 +134,24 @@ def test_each_part_is_looked_at_by_itself(randomize: Randomize) -> None:
 
     first = 0
     with pytest.raises(EffectError, match="the U-Net's first adapted layer is 0, at the"):
-        check_effect(_sampled(Half(config), snapshot), effect, 1, "float32")
+        check_effect(_sampled(Half(config), snapshot), effect, 1, ["float32"])
     first = 4
     with pytest.raises(EffectError, match="number of layers with the adapter switched on"):
-        check_effect(_sampled(Half(config), snapshot), effect, 1, "float32")
+        check_effect(_sampled(Half(config), snapshot), effect, 1, ["float32"])
+
+
+@pytest.mark.parametrize("kind", ["nft", "awm"])
+def test_samples_of_another_dtype_are_of_the_same_policy(randomize: Randomize, kind: str) -> None:
+    config = _config(objective={"kind": kind}, rollout={"batch_size": 2, "dtype": "bfloat16"})
+    learner = LearnerActor(config)
+    effect, snapshot = _published(learner, randomize)
+    actor = RolloutActor(config)
+    assert (actor.backbone.dtype, learner.learner.backbone.dtype) == (torch.bfloat16, torch.float32)
+    info = _sampled(actor, snapshot)
+    assert info.effect is not None
+    assert info.effect.digest == effect.digest
+    assert info.effect.change != effect.change, "a rounded embedding"
+    check_effect(info, effect, 1, config.dtypes)
 
 
 def test_the_base_model_has_no_effect_and_a_fresh_adapter_none_either() -> None:

@@ -58,7 +58,7 @@ class RolloutActor:
         torch.set_num_threads(config.rollout.num_threads)
         self.config = config
         d = config.diffusion
-        self.backbone = load_config_backbone(config, config.rollout.num_gpus)
+        self.backbone = load_config_backbone(config.of_rollouts, config.rollout.num_gpus)
         self.sampler = Sampler.of(self.backbone, config)
         self._sample_flops = sample_flops(self.backbone, d.steps, d.guidance_scale)
         self._peak_flops = matmul_peak(self.backbone.device, self.backbone.dtype)

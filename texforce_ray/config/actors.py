@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from texforce_ray.config.fields import AutoSize, Section, free
+from texforce_ray.config.fields import AutoSize, DType, Section, free
 
 
 class RolloutConfig(Section):
@@ -24,6 +24,12 @@ class RolloutConfig(Section):
         ge=0,
         description="samples in one unit of work; 'auto': as many as memory allows, measured "
         "before the run starts and stored in its config",
+    )
+    dtype: DType | None = Field(
+        None,
+        description="dtype of the frozen weights of rollout actors; null: model.dtype. Another one "
+        "needs an objective on the forward process, which trains on finished samples however they "
+        "were drawn",
     )
     decode_batch_size: int = Field(8, ge=1, description="latents that the VAE decodes at once")
     num_threads: int = Field(2, ge=1, description="CPU threads of one actor (changes rounding)")

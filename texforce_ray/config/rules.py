@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from texforce_ray.config.learning import PpoObjective
+from texforce_ray.config.learning import ForwardObjective, PpoObjective
 
 if TYPE_CHECKING:
     from texforce_ray.config.schema import Config
@@ -137,6 +137,23 @@ def likelihoods_need_noise(config: Config) -> None:
         )
 
 
+def samples_of_another_dtype_need_no_likelihood(config: Config) -> None:
+    dtype = config.rollout.dtype
+    if dtype in (None, config.model.dtype):
+        return
+    if not isinstance(config.objective, ForwardObjective):
+        raise ValueError(
+            f"rollout.dtype: {dtype} with model.dtype {config.model.dtype}, but objective.kind "
+            f"{config.objective.kind!r} computes the samples' steps again, which must then be the "
+            "same; leave it null, or use nft, awm, rwr or raft"
+        )
+    if config.learner.colocated:
+        raise ValueError(
+            f"rollout.dtype: {dtype} with learner.colocated, which has one set of weights, in "
+            f"model.dtype {config.model.dtype}; leave it null"
+        )
+
+
 def a_window_is_trained_whole(config: Config) -> None:
     if config.diffusion.window is None or not isinstance(config.objective, PpoObjective):
         return
@@ -225,6 +242,7 @@ RULES = (
     rewards_can_be_differentiated,
     advantages_have_something_to_compare,
     likelihoods_need_noise,
+    samples_of_another_dtype_need_no_likelihood,
     a_window_is_trained_whole,
     negative_prompts_need_guidance,
     no_kernel_means_no_noise,

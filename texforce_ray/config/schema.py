@@ -10,7 +10,16 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from texforce_ray import randomness
 from texforce_ray.config.actors import LearnerConfig, PlacementConfig, RayConfig, RolloutConfig
-from texforce_ray.config.fields import Section, as_list, fixed_values, free, marked, recorded, walk
+from texforce_ray.config.fields import (
+    DType,
+    Section,
+    as_list,
+    fixed_values,
+    free,
+    marked,
+    recorded,
+    walk,
+)
 from texforce_ray.config.learning import (
     CustomObjective,
     DirectObjective,
@@ -148,6 +157,16 @@ class Config(Section):
     def exact_numerics(self) -> bool:
         """Whether sampler and learner compute in float32 throughout."""
         return self.model.dtype == "float32" and self.diffusion.storage_dtype == "float32"
+
+    @property
+    def of_rollouts(self) -> Config:
+        """The config by which rollout actors load the model."""
+        return self.changed({"model.dtype": self.dtypes[1]})
+
+    @property
+    def dtypes(self) -> tuple[DType, ...]:
+        """Of the frozen weights in learner and rollout actors."""
+        return self.model.dtype, self.rollout.dtype or self.model.dtype
 
     @property
     def uses_decoupled(self) -> bool:

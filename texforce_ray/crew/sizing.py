@@ -94,7 +94,8 @@ def find_sizes(config: Config, role: Role) -> dict[str, Any]:
     if config.model.device == "cpu" or (config.model.device == "auto" and not gpus):
         return on_cpu
     quiet_libraries()
-    backbone = load_config_backbone(config, gpus)
+    model = config.of_rollouts if role == "rollout" else config
+    backbone = load_config_backbone(model, gpus)
     device = backbone.device
     if device.type != "cuda":
         return on_cpu

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +105,7 @@ async def _sample_and_score(
 
     async def attempt() -> tuple[Any, ...]:
         info, trajectory, images = await crew.sample(unit, [policy])
-        check_effect(info, effect, unit.policy_version, crew.config.model.dtype)
+        check_effect(info, effect, unit.policy_version, crew.config.dtypes)
         to_sample.discard(unit.index)
         scores = score(crew, images, unit.prompts, unit.metadata, hurry=not to_sample)
         return info, trajectory, await scores
@@ -126,8 +126,16 @@ async def _sample_and_score(
     )
 
 
-def check_effect(info: SampleInfo, expected: Effect | None, version: int, dtype: DType) -> None:
+def check_effect(
+    info: SampleInfo, expected: Effect | None, version: int, dtypes: Iterable[DType]
+) -> None:
     """Reject samples from an actor that does not hold the published policy.
+
+    Args:
+        info: what the actor says of itself.
+        expected: the learner's effect.
+        version: of the policy.
+        dtypes: of both models.
 
     Raises:
         EffectError: naming the actor, what it holds, and what was published.
@@ -145,7 +153,7 @@ def check_effect(info: SampleInfo, expected: Effect | None, version: int, dtype:
         "denoiser": "the change of the output of the U-Net's first adapted layer",
         "layers": "the number of layers with the adapter switched on",
     }
-    rounding = _CHANGE_ROUNDING[dtype]
+    rounding = max(_CHANGE_ROUNDING[dtype] for dtype in dtypes)
     for name, words in what.items():
         here, there = getattr(held, name), getattr(expected, name)
         unbound = not here and there > rounding
