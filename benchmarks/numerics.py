@@ -42,7 +42,7 @@ def measure(
     )
     backbone = load_backbone("embedded", dtype=dtype, device=device)
     if compiled:
-        backbone.denoiser.compile(dynamic=False)
+        backbone.compile()
     learner = PpoLearner(backbone, config)
     # A policy some way from the base: with B = 0 the adapter would not be tested.
     rng = torch.Generator().manual_seed(1)
@@ -66,8 +66,7 @@ def measure(
     stored = torch.from_numpy(trajectory.log_probs[pairs.sample, pairs.step])
     rows = []
     for size in microbatches:
-        learner.likelihood.microbatch_size = size
-        found = learner.likelihood.log_probs(trajectory, pairs).cpu()
+        found = learner.likelihood.log_probs(trajectory, pairs, size).cpu()
         error = ppo.ratio_error(found, stored)
         typical = float(torch.expm1(found - stored).abs().median())
         rows.append(

@@ -264,7 +264,12 @@ def main() -> None:
     parser.add_argument("--add", action="store_true", help="to the results that are there")
     options = parser.parse_args()
     path = RESULTS / "scaling.json"
-    known = json.loads(path.read_text())["runs"] if options.add and path.exists() else []
+    known = []
+    if options.add and path.exists():
+        before = json.loads(path.read_text())
+        if before["unit_seconds"] != options.unit_seconds:
+            parser.error(f"--add: {path} has units of {before['unit_seconds']:g} s")
+        known = before["runs"]
     rows = {(r["staleness"], r["nodes"], r["rollouts"]): r for r in known}
 
     def run(counts: Sequence[int], staleness: int) -> None:

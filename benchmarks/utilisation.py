@@ -136,6 +136,8 @@ def main() -> None:
             size = rows[-1]["size"]
             work = Work(_config(options, Path(folder), size), name)
             trajectory, device = work.rollout(size), work.backbone.device
+            work.update(size, trajectory)  # the first one checks the gradient, and compiles
+            work.restart()
             shares = {
                 "rollout": longest(device, lambda: work.rollout(size)),
                 "learner": longest(device, lambda: work.update(size, trajectory)),

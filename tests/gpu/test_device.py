@@ -59,7 +59,7 @@ def _config(path: Path, dtype: str, *, steps: int, guidance: float, compiled: bo
 
 
 def _assert_a_cpus(metrics: dict[str, float], config: Config, batch: UpdateBatch) -> None:
-    """In float32, the gradient has the norm that a CPU computes."""
+    """In float32, the gradient has the norm that a CPU computes; `test_kernels` has directions."""
     if DEVICE == "cpu" or config.model.dtype != "float32":
         return
     config = config.changed({"model.device": "cpu", "model.compile": False})
@@ -164,19 +164,21 @@ def test_objectives_on_the_forward_process_learn_there(
 
 @pytest.mark.gpu
 @NO_CUDA
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("kind", ["ppo", "nft", "awm", "rwr"])
 def test_the_processor_does_not_wait_for_the_device_within_a_minibatch(
-    kind: str, tiny_pipeline: Path
+    kind: str, dtype: str, tiny_pipeline: Path
 ) -> None:
     """As often as an update does, whatever the number of its microbatches."""
     waits = []
     for size in (1, 8):
-        config = _config(tiny_pipeline, "float32", steps=4, guidance=3.0, compiled=False)
+        config = _config(tiny_pipeline, dtype, steps=4, guidance=3.0, compiled=False)
         objective = {"kind": kind, "kl_weight": 0.1} if kind == "ppo" else {"kind": kind}
         config = make_config(
             config.model_dump() | {"objective": objective, "learner": {"microbatch_size": size}}
         )
         learner = make_learner(load_config_backbone(config, 1.0), config)
+        learner.checked = True  # it has batches of one pair, and waits
         trajectory, _ = Sampler.of(learner.backbone, config).sample(PROMPTS, SEEDS, 0)
         batch = UpdateBatch(trajectory, np.array([1.0, -1.0]), np.ones(2, dtype=bool))
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:

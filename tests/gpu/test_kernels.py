@@ -1,8 +1,8 @@
-"""Which of the device's kernels gives a wrong gradient, if a model's is wrong there.
+"""Gradients of the kernels that a wrong gradient on a GPU may come from, against float64.
 
 On an H200 with torch 2.11, the gradient of FLUX's miniature in half precision does not agree with
 that in float32, and the check before the first update refuses it. FLUX alone normalises queries and
-keys by torch.nn.RMSNorm; every family's attention picks its kernel by dtype and shape.
+keys by torch.nn.RMSNorm; attention picks its kernel by dtype and shape.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def _agree(function: Callable[..., Tensor], shapes: list[tuple[int, ...]], dtype
     )
     expected = _gradients(exact, [t.double() for t in inputs], upstream.double())
     for own, other in zip(found, expected, strict=True):
-        assert F.cosine_similarity(own.cpu().double().flatten(), other.flatten(), dim=0) > 0.999
+        apart = (own.cpu().double() - other).norm() / other.norm()
+        assert apart < (1e-4 if dtype == torch.float32 else 0.03)
 
 
 def _in_heads(x: Tensor) -> Tensor:

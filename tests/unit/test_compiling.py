@@ -19,7 +19,6 @@ from texforce_ray.model.compiling import outermost
 from texforce_ray.model.conditioning import Drawing
 from texforce_ray.model.flops import pass_flops, sample_flops
 from texforce_ray.rl.ppo_learner import PpoLearner
-from texforce_ray.rl.precision import in_float32
 from texforce_ray.rl.sharding import UpdateBatch
 
 pytestmark = pytest.mark.long
@@ -61,8 +60,7 @@ def test_a_unets_blocks_of_a_kind_share_their_code_whatever_the_prompts_are(
     assert seen == [seen[0]] * len(PROMPTS)
     # Each cross-attention layer has keys and values of its own, and yet no code of its own.
     blocks = list(outermost(backbone.denoiser, ("BasicTransformerBlock",)))
-    code = [g for g in graphs if any(n.target == "scaled_dot_product_attention" or
-            "scaled_dot_product" in str(n.target) for n in g.graph.nodes)]  # fmt: skip
+    code = [g for g in graphs if "scaled_dot_product" in str(g.graph)]
     widths = {block.norm1.normalized_shape for block in blocks}
     assert len(code) - 1 == len(widths) < len(blocks)  # and the VAE's
 
@@ -90,11 +88,11 @@ def test_each_kind_of_a_transformers_blocks_is_compiled_once(family: str, tmp_pa
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("microbatch_size", "rows"), [(8, 8), (64, 12)])
+@pytest.mark.parametrize(("microbatch_size", "rows"), [(8, 8), (9, 10), (64, 12)])
 def test_a_rest_of_a_minibatch_needs_no_code_of_its_own(
     pipelines: dict[str, Path], checkpointing: bool, microbatch_size: int, rows: int
 ) -> None:
-    """12 pairs, then the 9 that a mask leaves: all in batches of 8, or of 12 if they may be 64."""
+    """12 pairs, then the 9 that a mask leaves: all in batches of one size."""
     config = configured(
         learner={"microbatch_size": microbatch_size, "gradient_checkpointing": checkpointing}
     )
@@ -114,7 +112,7 @@ def test_a_rest_of_a_minibatch_needs_no_code_of_its_own(
             expected["learner/grad_norm"], rel=1e-3
         )
         counts.append(len(graphs))
-    assert counts[0] == counts[1]
+    assert 0 < counts[0] == counts[1]
     assert seen == {2 * rows}, "with and without the prompt"
     for key, value in weights_of(plain).items():
         np.testing.assert_allclose(weights_of(learner)[key], value, atol=1e-5, err_msg=key)
@@ -127,7 +125,7 @@ def test_a_machine_without_a_compiler_is_named_before_the_first_batch(
     monkeypatch.delenv("CXX", raising=False)
     with monkeypatch.context() as empty:
         empty.setenv("PATH", str(tmp_path))
-        with pytest.raises(ConfigError, match=r"model\.compile: true, .* has no g\+\+ or clang"):
+        with pytest.raises(ConfigError, match=r"model\.compile: true, .* has no g\+\+; install"):
             backbone.compile()
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match=r"no no-such-compiler; .*CXX"):
@@ -136,13 +134,21 @@ def test_a_machine_without_a_compiler_is_named_before_the_first_batch(
 
 
 def test_what_is_computed_once_is_not_compiled(pipelines: dict[str, Path]) -> None:
-    """Counts of FLOPs and the check in float32 have batches of a size of their own."""
-    learner = PpoLearner(load_backbone(str(pipelines["sd15"])), configured())
-    graphs = compiled(learner.backbone)
-    sample_flops(learner.backbone, 4, 3.0)
-    pass_flops(learner.backbone, decoder=True)
-    with in_float32(learner.backbone):
+    """Counts of FLOPs and the gradient's check have batches of a size of their own."""
+    half = load_backbone(str(pipelines["sd15"]), dtype="bfloat16")
+    learner = PpoLearner(half, configured(model={"dtype": "bfloat16"}))
+    graphs = compiled(half)
+    sample_flops(half, 4, 3.0)
+    pass_flops(half, decoder=True)
+    with half.eager():
         trajectory = sample(learner)
     assert not graphs
-    learner.update(batch_of(trajectory))
-    assert graphs
+    batch = batch_of(trajectory)
+    steps = np.tile(np.array(learner.process.trainable), (4, 1))
+    checked = learner.check_gradient(batch, lambda: learner._probe(batch, np.arange(4), steps))
+    assert checked["learner/gradient_agreement"] > 0.9
+    assert half.compiled
+    found = len(graphs)
+    assert found, "it is the compiled gradient that is checked"
+    learner.update(batch)
+    assert len(graphs) == found, "in batches of the size that is trained"

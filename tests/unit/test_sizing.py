@@ -98,7 +98,10 @@ def test_activations_are_computed_again_if_too_few_pairs_fit_otherwise(
 def test_recomputation_is_resolved_like_a_size() -> None:
     config = make_config({"learner": {"gradient_checkpointing": "auto"}})
     assert needs_sizes(config)
-    assert find_sizes(config, "learner")["learner.gradient_checkpointing"] is False
+    assert find_sizes(config, "learner") == {
+        "learner.microbatch_size": config.learner.microbatch_size,
+        "learner.gradient_checkpointing": False,
+    }
     stored = make_config({"learner": {"gradient_checkpointing": True}})
     assert config.sized_like(stored).learner.gradient_checkpointing is True
 
@@ -148,6 +151,14 @@ def test_flops_are_counted_for_every_pass(tiny_backbone: Load) -> None:
     forward = flops.pair_flops(backbone, 1.0)
     assert 1.3 * unet < forward < 3 * unet
     assert flops.pair_flops(backbone, 3.0) == 2 * forward
+
+
+def test_recomputation_is_no_work_that_counts(tiny_backbone: Load) -> None:
+    backbone = tiny_backbone()
+    kept = flops.pair_flops(backbone, 1.0)
+    backbone.denoiser.enable_gradient_checkpointing()
+    assert flops.pair_flops(backbone, 1.0) == kept
+    assert backbone.denoiser.is_gradient_checkpointing
 
 
 def test_attention_on_a_cpu_counts() -> None:

@@ -155,7 +155,7 @@ class Config(Section):
 
     @property
     def exact_numerics(self) -> bool:
-        """Whether sampler and learner compute in float32 throughout."""
+        """Whether sampler and learner compute likelihoods in float32 throughout."""
         return self.model.dtype == "float32" and self.diffusion.storage_dtype == "float32"
 
     @property

@@ -59,13 +59,16 @@ async def _found(config: Config, role: Role) -> dict[str, Any]:
         raise readable("sizing", f"finding {_KEYS[role]}", error) from None
     except TimeoutError:
         asked, nodes = [Request(f"measurement of {_KEYS[role]}", 1, resources)], free_nodes()
+        key = _KEYS[role]
+        if role == "learner" and config.learner.microbatch_size:
+            key = "learner.gradient_checkpointing"
         cause = "it was still running"
         if not has_room(asked, nodes):
             cause = "; ".join(["the cluster has no room for it", *shortage(asked, nodes)])
         raise ResourceError(
-            f"{_KEYS[role]}: 'auto' was not found within {timeout:.0f} s (ray.start_timeout_s and "
-            f"the time to wait for room): {cause}; raise ray.start_timeout_s, or set the size to a "
-            "number"
+            f"{key}: 'auto' was not found within {timeout:.0f} s (ray.start_timeout_s and "
+            f"the time to wait for room): {cause}; raise ray.start_timeout_s, or set it "
+            "yourself"
         ) from None
     finally:  # however the wait ends, the run needs the device
         with contextlib.suppress(RayError, ValueError):
@@ -83,13 +86,14 @@ def find_sizes(config: Config, role: Role) -> dict[str, Any]:
     from texforce_ray.actors.rollout import quiet_libraries
     from texforce_ray.model import sizing
     from texforce_ray.model.backbone import load_config_backbone
+    from texforce_ray.model.padding import padded
 
     candidates = sizing.batch_candidates(config)
     on_cpu = _sizes(role, max(n for n in candidates if n <= sizing.CPU_BATCH))
     asked = config.learner.gradient_checkpointing
     if role == "learner":
-        size = config.learner.microbatch_size or sizing.CPU_MICROBATCH
-        on_cpu = _sizes(role, size, asked is True)
+        microbatch = config.learner.microbatch_size or sizing.CPU_MICROBATCH
+        on_cpu = _sizes(role, microbatch, asked is True)
     gpus = _host(config, role).num_gpus
     if config.model.device == "cpu" or (config.model.device == "auto" and not gpus):
         return on_cpu
@@ -102,13 +106,16 @@ def find_sizes(config: Config, role: Role) -> dict[str, Any]:
     from texforce_ray.rl.sizing import sampling, stored_bytes, update
 
     room = sizing.budget(device, gpus)
+    size = padded if config.model.compile else int
     if role == "rollout":
         work, stored = sampling(backbone, config), stored_bytes(backbone, config)
         with backbone.eager():  # compiled for each size, it takes minutes, and no more memory
             return _sizes(
                 role,
                 sizing.largest_that_fits(
-                    lambda n: sizing.peak(device, lambda: work(n)) + n * stored, candidates, room
+                    lambda n: sizing.peak(device, lambda: work(size(n))) + n * stored,
+                    candidates,
+                    room,
                 ),
             )
     reward = None
@@ -127,7 +134,7 @@ def find_sizes(config: Config, role: Role) -> dict[str, Any]:
         work, _ = update(backbone, changed, reward)
         with backbone.eager():
             return sizing.largest_that_fits(
-                lambda n: sizing.peak(device, lambda: work(n)), candidates, room
+                lambda n: sizing.peak(device, lambda: work(size(n))), candidates, room
             )
 
     if asked != "auto":

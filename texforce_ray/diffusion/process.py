@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -36,7 +37,7 @@ class Process(ABC):
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    @property
+    @cached_property  # reading sigma waits for the device
     def trainable(self) -> list[int]:
         """Indices of the steps that have a likelihood."""
         return [i for i, sigma in enumerate(self.sigma.tolist()) if sigma > 0]

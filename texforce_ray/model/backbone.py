@@ -23,6 +23,7 @@ from texforce_ray.model.conditioning import PLAIN, Conditioning, Drawing, Prepar
 from texforce_ray.model.drawing import check_drawing
 from texforce_ray.model.frozen import load_denoiser, merge_adapter
 from texforce_ray.model.loading import load_pipeline
+from texforce_ray.model.padding import padded
 
 _VAE_BLOCKS = ("ResnetBlock2D", "Attention", "GroupNorm")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -54,7 +55,13 @@ class Backbone(ABC):
         check_drawing(self)
 
     def compile(self, **options: Any) -> None:
-        """torch.compile denoiser and VAE decoder by their blocks, with torch's options."""
+        """torch.compile denoiser and VAE decoder by their blocks, with torch's options; once.
+
+        Raises:
+            ConfigError: this machine has no compiler, or the denoiser none of the named blocks.
+        """
+        if self.compiled:
+            return
         compile_regions(self.denoiser, self.blocks, **options)
         compile_regions(self.vae.decoder, _VAE_BLOCKS, **options)
         self.compiled = True
@@ -217,8 +224,11 @@ class Backbone(ABC):
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] to images in [0, 1], [B, 3, H, W], with gradient."""
+        count = len(latents)
+        if self.compiled:
+            latents = torch.cat([latents, latents[-1:].expand(padded(count) - count, -1, -1, -1)])
         scaled = self._unscaled(latents.to(self.vae.dtype))
-        return (self.vae.decode(scaled).sample / 2 + 0.5).clamp(0, 1)
+        return (self.vae.decode(scaled).sample[:count] / 2 + 0.5).clamp(0, 1)
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         """Latents in the VAE's own scale."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +17,6 @@ from texforce_ray.errors import ConfigError
 # Kinds of block by width, with and without gradient and adapter, a few batch sizes. Beyond the
 # limit (8), torch would silently run the rest uncompiled.
 _MOST_GRAPHS = 256
-_C_COMPILERS = ("CC", ("gcc", "cc", "clang"))
 
 
 def compile_regions(network: nn.Module, kinds: Sequence[str], **options: Any) -> None:
@@ -32,7 +32,13 @@ def compile_regions(network: nn.Module, kinds: Sequence[str], **options: Any) ->
     config.cache_size_limit = max(_MOST_GRAPHS, config.cache_size_limit)
     config.accumulated_cache_size_limit = max(4 * _MOST_GRAPHS, config.accumulated_cache_size_limit)
     _share_processors(network)
-    for region in outermost(network, kinds) if kinds else [network]:
+    regions = list(outermost(network, kinds)) if kinds else [network]
+    if not regions:
+        raise ConfigError(
+            f"model.compile: true, but {type(network).__name__} has no {' or '.join(kinds)}, which "
+            "its backbone's `blocks` name; correct them, or set model.compile to false"
+        )
+    for region in regions:
         region.forward = torch.compile(region.forward, dynamic=False, **options)
 
 
@@ -43,8 +49,8 @@ def _check_compiler(device: torch.device) -> None:
         ConfigError: there is no compiler on this machine.
     """
     # Triton builds its launchers in C, inductor its loops on a CPU in C++.
-    variable, usual = ("CXX", ("g++", "clang++")) if device.type == "cpu" else _C_COMPILERS
-    names = (os.environ[variable],) if os.environ.get(variable) else usual
+    variable, usual = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang"])
+    names = shlex.split(os.environ.get(variable, ""))[:1] or usual
     if not any(shutil.which(name) for name in names):
         raise ConfigError(
             f"model.compile: true, but {platform.node()} has no {' or '.join(names)}; "

@@ -53,7 +53,7 @@ class TextEncoder:
         for key in keys:
             self._kept.move_to_end(key)
         columns = zip(*(self._kept[key] for key in keys), strict=True)
-        joined = [torch.cat(column).to(self.device) for column in columns]
+        joined = [to_device(torch.cat(column), self.device) for column in columns]
         while len(self._kept) > self.capacity:
             self._kept.popitem(last=False)
         return joined

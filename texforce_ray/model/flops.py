@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,12 +84,12 @@ class PassFlops(NamedTuple):
 
 
 def pass_flops(backbone: Backbone, *, decoder: bool = False) -> PassFlops:
-    """FLOPs of one pass through the denoiser and, if asked for, the decoder.
+    """FLOPs of one pass through the denoiser and, if asked for, the decoder; nothing twice.
 
     The decoder's backward pass takes a lot of memory; only direct backpropagation makes it.
     """
     x, timestep, given = _one(backbone)
-    with torch.enable_grad(), backbone.eager():
+    with torch.enable_grad(), backbone.eager(), _activations_kept(backbone.denoiser):
         prepared = backbone.prepare(given)
         leaf = prepared.map(lambda t: t.detach().requires_grad_(t.is_floating_point()))
         rows = np.zeros(1, dtype=np.int64)
@@ -100,6 +101,19 @@ def pass_flops(backbone: Backbone, *, decoder: bool = False) -> PassFlops:
             x.requires_grad_()
             decoded = count_flops(lambda: backbone.decode_pixels(x).float().sum().backward())
     return PassFlops(forward, backward, decoded)
+
+
+@contextmanager
+def _activations_kept(denoiser: Any) -> Iterator[None]:
+    """Without gradient checkpointing, whose recomputation is work that is not needed."""
+    if not denoiser.is_gradient_checkpointing:
+        yield
+        return
+    denoiser.disable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        denoiser.enable_gradient_checkpointing()
 
 
 def pair_flops(backbone: Backbone, guidance_scale: float) -> int:

@@ -83,7 +83,14 @@ class ForwardLearner(Learner):
         self.levels = min(common.levels, len(self.process))
         self.anchor_weight = common.anchor_weight
         self.embedding_weight = common.embedding_anchor_weight
-        self.likelihood = self._likelihood(self.denoiser.unguided(), self.levels)
+        self.likelihood = self._likelihood(
+            self.denoiser.unguided(), self.levels * self.trained_share
+        )
+
+    @property
+    def trained_share(self) -> float:
+        """Share of the samples that can have a gradient, on average."""
+        return 1.0
 
     @staticmethod
     def kept_latents(

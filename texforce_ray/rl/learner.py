@@ -85,11 +85,11 @@ class Learner(ExactState, Sharding):
             self._process_at = {self.version: process}
         return self._process_at[self.version]
 
-    def _likelihood(self, denoiser: Denoiser, per_sample: int) -> Likelihood:
-        """Of microbatches; `per_sample`: pairs that are trained of each sample."""
+    def _likelihood(self, denoiser: Denoiser, per_sample: float) -> Likelihood:
+        """Of microbatches; `per_sample`: pairs that are trained of each sample, on average."""
         config = self.config
         shard = config.minibatch_size // config.learner.gradient_shards
-        return Likelihood(denoiser, config.learner.microbatch_size, shard * per_sample)
+        return Likelihood(denoiser, config.learner.microbatch_size, math.ceil(shard * per_sample))
 
     # ---- what an objective defines --------------------------------------------------------
 
@@ -221,8 +221,7 @@ class Learner(ExactState, Sharding):
         self.checked = True
         self.microbatch_size = 1  # float32 takes twice the planned memory
         try:
-            with self.backbone.eager():  # no training has batches of this size
-                own, beside = compare(self.backbone, probe, self._scaled)
+            own, beside = compare(self.backbone, probe, self._scaled)
         finally:
             self.microbatch_size = self.config.learner.microbatch_size
         # The worst of all learners.

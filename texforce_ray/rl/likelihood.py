@@ -15,6 +15,7 @@ from torch import Tensor
 from texforce_ray.diffusion.denoiser import Denoiser
 from texforce_ray.diffusion.trajectory import Trajectory
 from texforce_ray.model.conditioning import Conditioning, Prepared
+from texforce_ray.model.padding import padded
 from texforce_ray.model.transfer import arrived, to_device, to_host
 
 
@@ -51,7 +52,8 @@ class Likelihood:
 
     def __init__(self, denoiser: Denoiser, microbatch_size: int, most: int | None = None) -> None:
         """`most`: pairs of a whole minibatch, if known: compiled batches need not be larger."""
-        self.denoiser = replace(denoiser, least=min(microbatch_size, most or microbatch_size))
+        least = padded(min(microbatch_size, most or microbatch_size))
+        self.denoiser = replace(denoiser, least=least)
         self.microbatch_size = microbatch_size
 
     def encode(self, trajectory: Trajectory, rows: np.ndarray) -> tuple[Conditioning, np.ndarray]:

@@ -48,7 +48,8 @@ class PpoLearner(Learner):
     @property
     def likelihood(self) -> Likelihood:
         """Of the current iteration's steps."""
-        return self._likelihood(self.denoiser, self.config.trained_timesteps)
+        trained = min(self.config.trained_timesteps, len(self.process.trainable))
+        return self._likelihood(self.denoiser, trained)
 
     @property
     def level(self) -> Tensor | None:

@@ -15,6 +15,14 @@ from texforce_ray.rl.sharding import UpdateBatch
 class WeightedLearner(ForwardLearner):
     """`rwr`: reward-weighted regression (Lee et al. 2023). `raft`: best of K (Dong et al. 2023)."""
 
+    @property
+    def trained_share(self) -> float:
+        objective, samples = self.config.objective, self.config.prompts.samples_per_prompt
+        if not isinstance(objective, RaftObjective) or self.anchor_weight or self.embedding_weight:
+            return 1.0
+        group = self.config.samples_per_iteration if samples == 1 else samples
+        return objective.best / group
+
     def used(self, batch: UpdateBatch) -> np.ndarray:
         if self.anchor_weight or self.embedding_weight:  # they hold every sample
             return batch.mask
