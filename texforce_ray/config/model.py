@@ -56,8 +56,8 @@ class ModelConfig(Section):
     )
     compile: bool = Field(
         False,
-        description="torch.compile denoiser and VAE decoder: faster on a GPU, after a minute or two, "
-        "in which each kind of block is compiled",
+        description="torch.compile denoiser and VAE decoder: faster on a GPU, after a minute or "
+        "two in which each kind of block is compiled",
     )
     device: str = free("auto", "'auto' (cuda if the actor was given a GPU), 'cpu', 'cuda'")
 
