@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -85,6 +87,7 @@ class Rays:
     dashboard_port: int = field(default_factory=free_port)
     env: dict[str, str] = field(default_factory=environment)
     nodes: list[Node] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
 
     @property
     def address(self) -> str:
@@ -98,8 +101,15 @@ class Rays:
         given = ("--head", f"--port={self.port}", "--disable-usage-stats", *options)
         return self._start(given, self.env | NOTICES | env)
 
-    def add_node(self, *options: str) -> Node:
-        """A node that has joined: two that start at the same time get into each other's way."""
+    def add_node(self, *options: str, apart: bool = False) -> Node:
+        """A node that has joined: two that start at the same time get into each other's way.
+
+        `apart`: it has files of its own, as on another machine; else, nodes share those of jobs,
+        and one may remove them before another has entered them.
+        """
+        if apart:
+            self.folders.append(tempfile.mkdtemp(prefix="ray"))  # sockets need a short path
+            options = (*options, f"--temp-dir={self.folders[-1]}")
         node = self._start((f"--address={self.address}", *options), self.env)
         self._await(node)
         return node
@@ -151,6 +161,8 @@ class Rays:
         """End all nodes, the head last."""
         for node in reversed(self.nodes):
             node.end()
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ def test_a_submitted_job_takes_a_node_that_joins_and_outlives_one_that_leaves(
     home: Rays, tmp_path: Path
 ) -> None:
     run_dir, gate = tmp_path / "run", tmp_path / "gate"
-    first = home.add_node("--num-cpus=1", '--resources={"rollout": 1}')
+    first = home.add_node("--num-cpus=1", '--resources={"rollout": 1}', apart=True)
     submit = (
         "job", "submit", "--no-wait", "--submission-id", "nodes", f"--address={home.dashboard}",
         "--working-dir", ".", "--runtime-env-json",
@@ -97,7 +97,7 @@ def test_a_submitted_job_takes_a_node_that_joins_and_outlives_one_that_leaves(
     home.await_agent()
     await_true(submitted, lambda: said[-1], 60)
     await_true(lambda: first.runs(DRAWING), logs, 90)
-    second = home.add_node("--num-cpus=1", '--resources={"rollout": 1}')
+    second = home.add_node("--num-cpus=1", '--resources={"rollout": 1}', apart=True)
     # Its actor has been made: what is drawn from now on is drawn by two.
     await_true(lambda: second.runs("ray::RolloutActor"), logs, 60)
     await_true(lambda: not second.runs("ray::RolloutActor.__init__"), logs, 60)
