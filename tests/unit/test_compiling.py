@@ -133,6 +133,15 @@ def test_a_machine_without_a_compiler_is_named_before_the_first_batch(
     assert not backbone.compiled
 
 
+def test_blocks_that_a_denoiser_does_not_have_are_named(
+    pipelines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load_backbone(str(pipelines["sd15"]))
+    monkeypatch.setattr(type(backbone), "blocks", ("transformer_blocks",))
+    with pytest.raises(ConfigError, match="UNet2DConditionModel has no transformer_blocks, which"):
+        backbone.compile(backend="eager")
+
+
 def test_what_is_computed_once_is_not_compiled(pipelines: dict[str, Path]) -> None:
     """Counts of FLOPs and the gradient's check have batches of a size of their own."""
     half = load_backbone(str(pipelines["sd15"]), dtype="bfloat16")

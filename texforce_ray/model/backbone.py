@@ -18,7 +18,7 @@ from texforce_ray.artifacts.location import locate_model
 from texforce_ray.config import Config
 from texforce_ray.diffusion.process import Process
 from texforce_ray.errors import ConfigError
-from texforce_ray.model.compiling import compile_regions
+from texforce_ray.model.compiling import compile_regions, outermost
 from texforce_ray.model.conditioning import PLAIN, Conditioning, Drawing, Prepared, Tokens
 from texforce_ray.model.drawing import check_drawing
 from texforce_ray.model.frozen import load_denoiser, merge_adapter
@@ -63,7 +63,8 @@ class Backbone(ABC):
         if self.compiled:
             return
         compile_regions(self.denoiser, self.blocks, **options)
-        compile_regions(self.vae.decoder, _VAE_BLOCKS, **options)
+        if any(True for _ in outermost(self.vae, _VAE_BLOCKS)):  # another kind of VAE stays eager
+            compile_regions(self.vae.decoder, _VAE_BLOCKS, **options)
         self.compiled = True
 
     @contextmanager
