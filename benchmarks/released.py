@@ -6,6 +6,7 @@
 (a) the released schedule (`released_schedule.py`), (b) the plain classes in one process, (c) the
 whole system with two rollout actors and two learners of half the threads each. All in one run: (a)
 and (b) take turns in one process, with the allocator set as in an actor, which helps (a) too.
+`model.compile=true` compiles (b) alone.
 
 Utilisation is model FLOPs over this run's best matrix product: of a sample, all passes of its
 rollout, its decoder, and a pass there and back through the U-Net for each trained timestep. What a

@@ -151,8 +151,12 @@ def test_wrong_value_names_key_and_value(override: str, shown: str) -> None:
         ),
         (["diffusion.eta=0"], ["diffusion.eta: 0", "PPO has no likelihood", "nft, awm"]),
         (
+            ["objective.kind=direct", "learner.gradient_checkpointing=auto"],
+            ["learner.gradient_checkpointing: auto", "set objective.gradient_checkpointing"],
+        ),
+        (
             ["rollout.dtype=bfloat16"],
-            ["rollout.dtype: bfloat16 with model.dtype float32", "'ppo' computes", "nft, awm"],
+            ["rollout.dtype: bfloat16 with model.dtype float32", "'ppo' may compute", "nft, awm"],
         ),
         (
             ["rollout.dtype=bfloat16", "objective.kind=nft", "learner.colocated=true"],

@@ -18,14 +18,13 @@ from texforce_ray.cluster.placement import actor_options
 from texforce_ray.config import Config
 from texforce_ray.config.io import make_config
 from texforce_ray.crew import sizing as actors_sizing
-from texforce_ray.crew.sizing import find_sizes, needs_sizes, with_sizes
+from texforce_ray.crew.sizing import find_sizes, with_sizes
 from texforce_ray.errors import ConfigError, ResourceError
 from texforce_ray.model import flops
 from texforce_ray.model.attention import group_rows
 from texforce_ray.model.backbone import Backbone, load_backbone
 from texforce_ray.model.sizing import (
     batch_candidates,
-    keeping_if_enough,
     largest_that_fits,
     microbatch_candidates,
 )
@@ -72,38 +71,6 @@ def test_sizes_left_to_memory_are_found_and_stored() -> None:
     assert asyncio.run(with_sizes(known)) == known
     assert config.sized_like(known).rollout.batch_size == 8
     assert config.sized_like(known).learner.microbatch_size == known.learner.microbatch_size
-
-
-@pytest.mark.parametrize(
-    ("kept", "again", "most", "chosen"),
-    [
-        (16, 64, 1000, (16, False)),
-        (4, 32, 1000, (32, True)),
-        (4, 32, 4, (4, False)),
-        (0, 2, 1000, (2, True)),
-    ],
-    ids=["enough", "too few", "all there are", "not one"],
-)
-def test_activations_are_computed_again_if_too_few_pairs_fit_otherwise(
-    kept: int, again: int, most: int, chosen: tuple[int, bool]
-) -> None:
-    def found(recompute: bool) -> int:
-        if not (size := again if recompute else kept):
-            raise ResourceError("not even one")
-        return size
-
-    assert keeping_if_enough(found, most) == chosen
-
-
-def test_recomputation_is_resolved_like_a_size() -> None:
-    config = make_config({"learner": {"gradient_checkpointing": "auto"}})
-    assert needs_sizes(config)
-    assert find_sizes(config, "learner") == {
-        "learner.microbatch_size": config.learner.microbatch_size,
-        "learner.gradient_checkpointing": False,
-    }
-    stored = make_config({"learner": {"gradient_checkpointing": True}})
-    assert config.sized_like(stored).learner.gradient_checkpointing is True
 
 
 def test_a_size_that_is_no_divisor_is_still_refused() -> None:

@@ -144,13 +144,21 @@ def samples_of_another_dtype_need_no_likelihood(config: Config) -> None:
     if not isinstance(config.objective, ForwardObjective):
         raise ValueError(
             f"rollout.dtype: {dtype} with model.dtype {config.model.dtype}, but objective.kind "
-            f"{config.objective.kind!r} computes the samples' steps again, which must then be the "
-            "same; leave it null, or use nft, awm, rwr or raft"
+            f"{config.objective.kind!r} may compute the samples' steps again, which must then be "
+            "the same; leave it null, or use nft, awm, rwr or raft"
         )
     if config.learner.colocated:
         raise ValueError(
             f"rollout.dtype: {dtype} with learner.colocated, which has one set of weights, in "
             f"model.dtype {config.model.dtype}; leave it null"
+        )
+
+
+def direct_backpropagation_recomputes_by_itself(config: Config) -> None:
+    if config.direct is not None and config.learner.gradient_checkpointing:
+        raise ValueError(
+            f"learner.gradient_checkpointing: {config.learner.gradient_checkpointing} has no "
+            "effect with objective.kind 'direct'; set objective.gradient_checkpointing"
         )
 
 
@@ -240,6 +248,7 @@ RULES = (
     profiled_iterations_exist,
     enough_rollouts_to_start,
     rewards_can_be_differentiated,
+    direct_backpropagation_recomputes_by_itself,
     advantages_have_something_to_compare,
     likelihoods_need_noise,
     samples_of_another_dtype_need_no_likelihood,

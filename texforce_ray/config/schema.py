@@ -90,6 +90,11 @@ class Config(Section):
         return self.samples_per_iteration // self.update.minibatches
 
     @property
+    def shard_size(self) -> int:
+        """Samples of a minibatch whose gradients are summed together."""
+        return self.minibatch_size // self.learner.gradient_shards
+
+    @property
     def evaluation_guidance(self) -> float:
         given = self.eval.guidance_scale
         return self.diffusion.guidance_scale if given is None else given

@@ -106,7 +106,7 @@ def pass_flops(backbone: Backbone, *, decoder: bool = False) -> PassFlops:
 @contextmanager
 def _activations_kept(denoiser: Any) -> Iterator[None]:
     """Without gradient checkpointing, whose recomputation is work that is not needed."""
-    if not denoiser.is_gradient_checkpointing:
+    if not getattr(denoiser, "is_gradient_checkpointing", False):  # not all are diffusers' models
         yield
         return
     denoiser.disable_gradient_checkpointing()

@@ -81,7 +81,8 @@ class AwmLearner(ForwardLearner):
 
         def loss(noised: Noised, output: Tensor) -> Tensor:
             sample = noised.pairs.sample
-            advantage = to_device(batch.advantages[sample + batch.first], device).float()
+            advantages = batch.advantages[sample + batch.first]
+            advantage = to_device(advantages.astype(np.float32), device)
             old = before[self._places(noised)]
             new = noised.error(output)
             result = ppo.clipped_loss(-new, -old, advantage, objective.clip_range)

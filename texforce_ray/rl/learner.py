@@ -87,9 +87,8 @@ class Learner(ExactState, Sharding):
 
     def _likelihood(self, denoiser: Denoiser, per_sample: float) -> Likelihood:
         """Of microbatches; `per_sample`: pairs that are trained of each sample, on average."""
-        config = self.config
-        shard = config.minibatch_size // config.learner.gradient_shards
-        return Likelihood(denoiser, config.learner.microbatch_size, math.ceil(shard * per_sample))
+        most = math.ceil(self.config.shard_size * per_sample)
+        return Likelihood(denoiser, self.config.learner.microbatch_size, most)
 
     # ---- what an objective defines --------------------------------------------------------
 

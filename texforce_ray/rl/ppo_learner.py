@@ -283,7 +283,8 @@ class PpoLearner(Learner):
         plain: bool,
     ) -> ppo.PpoLoss:
         objective, device = self.config.ppo, self.backbone.device
-        advantage = to_device(batch.advantages[part.sample + batch.first], device).float()
+        advantages = batch.advantages[part.sample + batch.first]
+        advantage = to_device(advantages.astype(np.float32), device)
         if plain:
             return ppo.clipped_loss(log_prob, anchored, advantage, math.inf)
         weight = None

@@ -65,7 +65,7 @@ def update(
     `reward`: with objective.kind 'direct', the total to maximise.
     """
     # A shard's prompts are encoded together, whatever the microbatch.
-    samples = config.minibatch_size // config.learner.gradient_shards
+    samples = config.shard_size
     if config.direct is not None:
         assert reward is not None
         total, method = reward, config.direct.method

@@ -42,10 +42,10 @@ class WeightedLearner(ForwardLearner):
 
     def pair_loss(self, batch: UpdateBatch, kept: np.ndarray) -> PairLoss:
         del kept
-        weight = self.sample_weights(batch)
+        weight = self.sample_weights(batch).astype(np.float32)
 
         def loss(noised: Noised, output: Tensor) -> Tensor:
             own = to_device(weight[noised.pairs.sample + batch.first], self.backbone.device)
-            return own.float() * noised.error(output)
+            return own * noised.error(output)
 
         return loss
