@@ -81,8 +81,8 @@ class AwmLearner(ForwardLearner):
 
         def loss(noised: Noised, output: Tensor) -> Tensor:
             sample = noised.pairs.sample
-            advantages = batch.advantages[sample + batch.first]
-            advantage = to_device(advantages.astype(np.float32), device)
+            advantages = torch.from_numpy(batch.advantages[sample + batch.first])
+            advantage = to_device(advantages.float(), device)
             old = before[self._places(noised)]
             new = noised.error(output)
             result = ppo.clipped_loss(-new, -old, advantage, objective.clip_range)

@@ -89,7 +89,7 @@ class NftLearner(ForwardLearner):
             step, x, sample = noised.step, noised.x, noised.pairs.sample
             places = zip(sample.tolist(), noised.place.tolist(), strict=True)
             before = to_device(torch.stack([old[place] for place in places]), device)
-            probability = to_device(good[sample + batch.first].astype(np.float32), device)
+            probability = to_device(torch.from_numpy(good[sample + batch.first]).float(), device)
             return nft_loss(
                 process.x0(step, x, output),
                 process.x0(step, x, before),

@@ -283,8 +283,8 @@ class PpoLearner(Learner):
         plain: bool,
     ) -> ppo.PpoLoss:
         objective, device = self.config.ppo, self.backbone.device
-        advantages = batch.advantages[part.sample + batch.first]
-        advantage = to_device(advantages.astype(np.float32), device)
+        advantages = torch.from_numpy(batch.advantages[part.sample + batch.first])
+        advantage = to_device(advantages.float(), device)
         if plain:
             return ppo.clipped_loss(log_prob, anchored, advantage, math.inf)
         weight = None

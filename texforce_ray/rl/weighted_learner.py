@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from texforce_ray.config import RaftObjective, RwrObjective
@@ -42,7 +43,7 @@ class WeightedLearner(ForwardLearner):
 
     def pair_loss(self, batch: UpdateBatch, kept: np.ndarray) -> PairLoss:
         del kept
-        weight = self.sample_weights(batch).astype(np.float32)
+        weight = torch.from_numpy(self.sample_weights(batch)).float()
 
         def loss(noised: Noised, output: Tensor) -> Tensor:
             own = to_device(weight[noised.pairs.sample + batch.first], self.backbone.device)
